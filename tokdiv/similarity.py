@@ -1,0 +1,125 @@
+"""Token similarity: how alike the tokens of one image are, in closed form.
+
+Pan et al., "Img2Vec: A Teacher of High Token-Diversity Helps Masked AutoEncoders", arXiv 2304.12535,
+rank teachers by the mean cosine similarity over all pairs of distinct tokens. With unit tokens u_i the
+sum over all pairs is ||sum_i u_i||^2, so a pass over the tokens is enough and no K x K matrix is built.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics import Metric
+
+
+def token_similarity(tokens: Tensor) -> Tensor:
+    """Mean cosine similarity over all ordered pairs of distinct tokens, for each image.
+
+    S = (||sum_i u_i||^2 - K') / (K (K - 1)) with u_i = f_i / ||f_i||, where K' is the number of non-zero
+    tokens: the cosine with a zero token is 0. Scaling a token by any positive number changes nothing.
+
+    Args:
+        tokens: (B, K, C) floating point, K >= 2. Half precision is computed in float32.
+
+    Returns:
+        (B,) float32 (float64 for float64 tokens), in [-1 / (K - 1), 1]. An image with a token that is
+        NaN or infinite gets NaN.
+
+    Raises:
+        ValueError: if `tokens` is not (B, K, C) floating point, or K < 2, where no pair exists.
+    """
+    if tokens.ndim != 3 or not tokens.is_floating_point():
+        raise ValueError(
+            f"tokens must be a floating-point tensor of shape (B, K, C), got {tokens.dtype} "
+            f"of shape {tuple(tokens.shape)}"
+        )
+    B, K, C = tokens.shape
+    if K < 2:
+        raise ValueError(f"token similarity is undefined for K = {K}: it needs two tokens or more")
+    if tokens.dtype != torch.float64:
+        tokens = tokens.float()
+    if tokens.device.type != "cpu":
+        return _closed_form(tokens)
+    # On a CPU the image is the unit of work: its tokens stay in the cache between the three passes.
+    scores = [_closed_form(image) for image in tokens.split(1)]
+    return torch.cat(scores) if scores else tokens.new_zeros(0)
+
+
+def _closed_form(tokens: Tensor) -> Tensor:
+    """(B, K, C) -> (B,), elementwise sums only: a matrix product could run in bfloat16 or TF32."""
+    K = tokens.shape[1]
+    # Dividing by the largest component first keeps the squares from over- or underflowing.
+    scale = tokens.abs().amax(dim=2, keepdim=True)
+    nonzero = scale != 0
+    unit = tokens / torch.where(nonzero, scale, 1.0)
+    unit = unit / torch.where(nonzero, unit.square().sum(dim=2, keepdim=True).sqrt(), 1.0)
+    pairs = unit.sum(dim=1).square().sum(dim=1) - nonzero.sum(dim=(1, 2))
+    return pairs / (K * (K - 1))
+
+
+def pooled_similarity(tokens: Tensor, grid: tuple[int, int], side: int = 7) -> Tensor | None:
+    """Token similarity after average pooling to a common `side` x `side` grid.
+
+    It makes teachers of 49 and of 196 tokens comparable: the count of tokens itself moves the raw figure.
+
+    Args:
+        tokens: (B, K, C), row-major over the grid.
+        grid: rows and columns, with rows * columns == K.
+        side: rows and columns of the common grid.
+
+    Returns:
+        (B,) as in `token_similarity`; None where the teacher's grid is coarser than the common one.
+    """
+    rows, columns = grid
+    if rows < side or columns < side or rows * columns != tokens.shape[1]:
+        return None
+    if (rows, columns) == (side, side):
+        return token_similarity(tokens)
+    planes = tokens.float().transpose(1, 2).unflatten(2, (rows, columns))
+    if rows % side == 0 and columns % side == 0:
+        pooled = F.avg_pool2d(planes, (rows // side, columns // side))
+    else:
+        pooled = F.adaptive_avg_pool2d(planes, (side, side))
+    return token_similarity(pooled.flatten(2).transpose(1, 2))
+
+
+def cosine_map(tokens: Tensor, query: int) -> Tensor:
+    """Cosine of every token to the query token; 0 where either is zero.
+
+    Args:
+        tokens: (B, K, C) floating point.
+        query: index of the query token, in [0, K).
+
+    Returns:
+        (B, K) float32 in [-1, 1]; 1 at the query.
+    """
+    unit = F.normalize(tokens.float(), dim=2, eps=1e-30)
+    return (unit * unit[:, query : query + 1]).sum(dim=2).clamp(-1, 1)
+
+
+class TokenSimilarity(Metric):
+    """Mean token similarity over all images seen: `update(tokens)` with (B, K, C), then `compute()`.
+
+    The sum runs in float64 from float32 scores, and is reduced over processes by torchmetrics.
+    `compute()` gives a float64 scalar; NaN before the first image.
+    """
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+    total: Tensor
+    count: Tensor
+
+    def __init__(self, **kwargs: object) -> None:
+        super().__init__(**kwargs)
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, tokens: Tensor) -> None:
+        """Add the images of one batch of tokens, (B, K, C)."""
+        scores = token_similarity(tokens)
+        self.total += scores.double().sum()
+        self.count += len(scores)
+
+    def compute(self) -> Tensor:
+        """Mean similarity of the images seen so far."""
+        return self.total / self.count

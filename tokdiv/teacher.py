@@ -1,0 +1,507 @@
+"""The Teacher: uint8 images in, tokens out, whatever the network behind it."""
+
+import dataclasses
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from tokdiv.classical import PATCH, Hog, Pixels
+from tokdiv.errors import UsageError
+from tokdiv.spec import CUSTOM, HANDCRAFTED, TeacherSpec, Triple, nearest, parse_specs
+from tokdiv.weights import StateDict, _some, read_checkpoint, unwrap, weights_file
+
+DEFAULT_SIZE = 224  # pixels: the paper's view
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Teacher(nn.Module):
+    """A frozen network that maps uint8 images to tokens; normalises its input itself.
+
+    Args:
+        module: the network; it is frozen and set to eval mode, and stays so. It gets normalised float
+            images (B, 3, size, size) and returns a feature map (B, C, H, W) or tokens (B, K, C).
+        tokens: where the module's output is neither: a function of that output, `tokens(output)`, or one
+            that runs the network itself, `tokens(module, images)`. It returns either of the two.
+        mean, std: of the RGB channels, in units of [0, 1].
+        size: side of the view in pixels.
+        name: the label in rankings and pictures.
+        grid: rows and columns of the tokens, where they are no feature map and no square.
+        spec: how to load it again; None for a module of the user's own.
+
+    Attributes:
+        grid: (rows, columns) of the tokens. num_tokens: K = rows * columns, without CLS or register
+            tokens. dim: C.
+        dtype: of the forward pass; bfloat16 means autocast.
+
+    Raises:
+        UsageError: the network cannot take images of this size, or returns something else than tokens.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        module: nn.Module,
+        tokens: Callable[..., Tensor] | None = None,
+        mean: Triple = (0.485, 0.456, 0.406),
+        std: Triple = (0.229, 0.224, 0.225),
+        size: int = DEFAULT_SIZE,
+        name: str = "custom",
+        grid: tuple[int, int] | None = None,
+        spec: TeacherSpec | None = None,
+    ) -> None:
+        super().__init__()
+        self.module = module.requires_grad_(False)
+        self.name = name
+        self.size = size
+        self.dtype = torch.float32
+        self._tokens_of = _token_function(module, tokens)
+        self._compiled: Callable[[Tensor], Tensor] | None = None
+        self.register_buffer("mean", torch.tensor(mean).mul(255).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).mul(255).view(3, 1, 1), persistent=False)
+        self.channels_last = sum(isinstance(m, nn.Conv2d) for m in module.modules()) > 1
+        if (parameter := next(module.parameters(), None)) is not None:
+            self.to(parameter.device)
+        self.eval()
+        self.grid, self.dim = self._probe(grid)
+        self.num_tokens = self.grid[0] * self.grid[1]
+        described = spec or TeacherSpec(
+            name, CUSTOM, mean=tuple(mean), std=tuple(std), size=size, input_size=size, norm=False
+        )
+        self.spec = dataclasses.replace(
+            described,
+            name=name,
+            num_tokens=self.num_tokens,
+            dim=self.dim,
+            parameters=sum(p.numel() for p in module.parameters()),
+        )
+
+    def train(self, mode: bool = True) -> Self:
+        """A teacher stays in eval mode, also where a model that holds it is set to train."""
+        return super().train(False)
+
+    def prepare(
+        self, device: str | torch.device, dtype: str = "float32", compile: bool = False
+    ) -> Self:
+        """Move to a device and choose how the forward pass runs.
+
+        Args:
+            device: as torch takes it.
+            dtype: "float32", or "bfloat16" for autocast.
+            compile: through `torch.compile`.
+        """
+        self.dtype = DTYPES[dtype]
+        self.to(device)
+        if self.channels_last:
+            self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if self.dtype != torch.float32 and self.spec.architecture != CUSTOM:
+            # Autocast would cast these frozen weights anew in every forward pass; cast once, the
+            # numbers are the same.
+            for layer in self.module.modules():
+                if isinstance(layer, (nn.Linear, nn.Conv2d)):
+                    layer.to(self.dtype)
+        self._compiled = torch.compile(self._features) if compile else None
+        return self
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Tokens of a batch of images.
+
+        Args:
+            images: (B, 3, size, size) uint8 RGB, 0 to 255.
+
+        Returns:
+            (B, K, C) float (bfloat16 under autocast), row-major over the grid.
+        """
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            raise TypeError(
+                f"a teacher takes uint8 images of shape (B, 3, H, W), got {images.dtype} of shape "
+                f"{tuple(images.shape)}"
+            )
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        pixels = images.to(torch.float32, memory_format=layout).sub_(self.mean).div_(self.std)
+        with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            output = (self._compiled or self._features)(pixels)
+        return output.flatten(2).transpose(1, 2) if output.ndim == 4 else output
+
+    def _features(self, images: Tensor) -> Tensor:
+        return self._tokens_of(self.module, images)
+
+    def _probe(self, grid: tuple[int, int] | None) -> tuple[tuple[int, int], int]:
+        """The grid and width of the tokens, from one black image."""
+        black = torch.zeros(1, 3, self.size, self.size, device=self.mean.device)
+        try:
+            with torch.no_grad():
+                output = self._features(black)
+        except (AssertionError, RuntimeError, ValueError, TypeError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UsageError(
+                f"{self.name} cannot take images of {self.size} px: {reason}"
+            ) from error
+        if isinstance(output, Tensor) and output.ndim == 4 and len(output) == 1:
+            return (output.shape[2], output.shape[3]), output.shape[1]
+        if isinstance(output, Tensor) and output.ndim == 3 and len(output) == 1:
+            K, C = output.shape[1:]
+            side = round(K**0.5)
+            grid = grid or ((side, side) if side * side == K else (1, K))
+            if grid[0] * grid[1] != K:
+                raise UsageError(
+                    f"{self.name} gives {K} tokens, which are not a grid of {grid[0]} x {grid[1]}"
+                )
+            return grid, C
+        found = (
+            f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+        )
+        raise UsageError(
+            f"{self.name} returned {found} for one image: expected a feature map (1, C, H, W) or tokens "
+            f"(1, K, C); pass tokens=FUNCTION to make them"
+        )
+
+
+def _token_function(
+    module: nn.Module, tokens: Callable[..., Tensor] | None
+) -> Callable[[nn.Module, Tensor], Tensor]:
+    """The three ways to say where the tokens are, as one function of (module, images)."""
+    if tokens is None:
+        return lambda module, images: module(images)
+    if getattr(tokens, "__self__", None) is module:
+        return lambda module, images: tokens(
+            images
+        )  # a method of the module, as module.forward_features
+    parameters = inspect.signature(tokens).parameters.values()
+    required = [
+        p
+        for p in parameters
+        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    if len(required) >= 2:
+        return tokens
+    return lambda module, images: tokens(module(images))
+
+
+def load_teacher(
+    spec: str | TeacherSpec,
+    *,
+    image_size: int | Literal["native"] | None = None,
+    device: str | torch.device = "cpu",
+    dtype: str = "float32",
+) -> Teacher:
+    """Load a frozen teacher.
+
+    Args:
+        spec: in the notation of `tokdiv.spec`, or a TeacherSpec, as a ranking holds it.
+        image_size: side of the view in pixels, default 224; "native" for the teacher's own. A size in
+            the spec goes before.
+        device, dtype: as in `Teacher.prepare`.
+
+    Raises:
+        UsageError: an unknown architecture, a checkpoint that does not fit, a size it cannot take.
+        RunError: weights that cannot be fetched.
+    """
+    if isinstance(spec, str):
+        specs = parse_specs([spec])
+        if len(specs) != 1:
+            raise UsageError(f"'{spec}' names {len(specs)} teachers: load them one at a time")
+        spec = specs[0]
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype '{dtype}': expected one of {', '.join(DTYPES)}")
+    if spec.architecture == CUSTOM:
+        raise UsageError(
+            f"'{spec.name}' is a module of the user's own: a spec alone cannot load it again; make it in code "
+            f"with tokdiv.Teacher, or name that code with --teacher-module FILE.py:FUNCTION"
+        )
+    spec = complete(spec)
+    native = spec.input_size or DEFAULT_SIZE
+    size = spec.size or (native if image_size == "native" else image_size) or DEFAULT_SIZE
+    spec = dataclasses.replace(spec, size=size)
+    teacher = (
+        _handcrafted(spec, size) if spec.architecture in HANDCRAFTED else _from_timm(spec, size)
+    )
+    return teacher.prepare(device, dtype)
+
+
+def complete(spec: TeacherSpec) -> TeacherSpec:
+    """Fill in what only timm knows of an architecture: mean, std, native size, where its weights are.
+
+    Raises:
+        UsageError: an architecture or a tag that timm lacks.
+    """
+    if spec.architecture in (*HANDCRAFTED, CUSTOM):
+        return spec
+    import timm
+
+    known = timm.is_model(spec.architecture)
+    tagged = "." not in spec.architecture or spec.architecture in timm.list_pretrained(
+        spec.architecture
+    )
+    if not known or not tagged:
+        names = (
+            timm.list_models()
+            if not known
+            else timm.list_pretrained(spec.architecture.split(".")[0] + ".*")
+        )
+        raise UsageError(
+            f"{spec.name}: timm has no model '{spec.architecture}'{nearest(spec.architecture, names)}; "
+            f"a network that timm lacks comes in through tokdiv.Teacher"
+        )
+    published = timm.get_pretrained_cfg(spec.architecture)
+    fields: dict[str, Any] = {}
+    if spec.weights == "timm":
+        if published is None or not (published.hf_hub_id or published.url):
+            tags = timm.list_pretrained(spec.architecture.split(".")[0] + ".*")
+            raise UsageError(
+                f"{spec.name}: timm has no weights for '{spec.architecture}' "
+                f"(with weights: {_some(tags) if tags else 'none'}); write @PATH or @random"
+            )
+        fields["weights"] = (
+            f"hf-hub:{published.hf_hub_id}" if published.hf_hub_id else published.url
+        )
+        fields["licence"] = spec.licence or published.license
+    if published is not None:
+        fields["mean"] = spec.mean or tuple(published.mean)
+        fields["std"] = spec.std or tuple(published.std)
+        fields["input_size"] = spec.input_size or published.input_size[1]
+        fields["interpolation"] = published.interpolation
+    else:
+        fields["mean"] = spec.mean or (0.485, 0.456, 0.406)
+        fields["std"] = spec.std or (0.229, 0.224, 0.225)
+    return dataclasses.replace(spec, **fields)
+
+
+def _handcrafted(spec: TeacherSpec, size: int) -> Teacher:
+    if size % PATCH:
+        raise UsageError(f"{spec.name}: {size} px is not a multiple of its patch of {PATCH} px")
+    module = Pixels() if spec.architecture == "pixels" else Hog()
+    assert spec.mean is not None and spec.std is not None  # the zoo states them
+    return Teacher(module, mean=spec.mean, std=spec.std, size=size, name=spec.name, spec=spec)
+
+
+def _from_timm(spec: TeacherSpec, size: int) -> Teacher:
+    """Create the architecture, cut it at the block, load its weights strictly."""
+    path = None
+    if spec.weights is None:
+        raise UsageError(
+            f"{spec.name}: no weights given; expected a path, a URL, 'timm' or 'random'"
+        )
+    if spec.weights != "random":
+        path, digest = weights_file(spec.weights, spec.sha256)
+        spec = dataclasses.replace(spec, sha256=digest)
+    model = _create(spec, size)
+    if not hasattr(model, "forward_intermediates"):
+        raise UsageError(
+            f"{spec.name}: timm's '{spec.architecture}' does not give its tokens (no forward_intermediates); "
+            f"wrap it with tokdiv.Teacher(model, tokens=FUNCTION)"
+        )
+    blocks = len(getattr(model, "feature_info", None) or getattr(model, "blocks", ()))
+    if spec.block is not None and spec.block >= blocks:
+        raise UsageError(
+            f"{spec.name}: blocks={spec.block}: {spec.architecture} has blocks 0 to {blocks - 1}"
+        )
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    if patch and any(size % side for side in patch):
+        # timm would drop the last rows and columns of pixels silently.
+        raise UsageError(
+            f"{spec.name}: {size} px is not a multiple of its patch of {patch[0]} px; set :size= or --image-size"
+        )
+    has_norm = _has_final_norm(model)
+    norm = spec.norm if spec.norm is not None else (has_norm and spec.block is None)
+    if norm and not has_norm:
+        raise UsageError(
+            f"{spec.name}: norm=true, but {spec.architecture} has no final norm for its tokens"
+        )
+    spec = dataclasses.replace(spec, norm=norm)
+    indices: int | list[int] = 1 if spec.block is None else [spec.block]
+    if hasattr(model, "prune_intermediate_layers"):
+        model.prune_intermediate_layers(indices, prune_norm=not norm, prune_head=True)
+    if path is not None:
+        _load_strictly(model, read_checkpoint(path), spec, path)
+    options: dict[str, Any] = {"norm": True} if norm else {}
+
+    def tokens(module: nn.Module, images: Tensor) -> Tensor:
+        return module.forward_intermediates(  # type: ignore[operator]
+            images,
+            indices=indices,
+            output_fmt="NCHW",
+            intermediates_only=True,
+            stop_early=True,
+            **options,
+        )[0]
+
+    assert spec.mean is not None and spec.std is not None  # `complete` filled them in
+    return Teacher(
+        model.float(), tokens, mean=spec.mean, std=spec.std, size=size, name=spec.name, spec=spec
+    )
+
+
+def _create(spec: TeacherSpec, size: int) -> nn.Module:
+    """The architecture without its classifier, for views of `size` px, initialised from the spec's seed."""
+    import timm
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(spec.seed)
+        sizes: tuple[dict[str, int], ...] = ({"img_size": size}, {})  # a ConvNet takes no img_size
+        for attempt, size_argument in enumerate(sizes):
+            try:
+                return timm.create_model(
+                    spec.architecture,
+                    pretrained=False,
+                    num_classes=0,
+                    **size_argument,
+                    **spec.arguments,
+                )
+            except TypeError as error:
+                if attempt == 0 and "img_size" in str(error):
+                    torch.manual_seed(spec.seed)
+                    continue
+                raise UsageError(
+                    f"{spec.name}: {spec.architecture} does not take these arguments: {error}"
+                ) from None
+            except (AssertionError, ValueError, RuntimeError) as error:
+                reason = (str(error).strip() or "an assertion in timm failed").splitlines()[0]
+                raise UsageError(
+                    f"{spec.name}: cannot make {spec.architecture} for {size} px with {spec.arguments}: {reason}"
+                ) from None
+    raise AssertionError("unreachable: the second attempt returns or raises")
+
+
+def _has_final_norm(model: nn.Module) -> bool:
+    """Whether `forward_intermediates(norm=True)` applies a final norm to spatial tokens.
+
+    ViTs with `fc_norm` normalise only after pooling, ConvNeXt and Hiera only in their heads, and most
+    ConvNets have none.
+    """
+    norm = getattr(model, "norm", None)
+    takes_norm = "norm" in inspect.signature(model.forward_intermediates).parameters  # type: ignore[arg-type]
+    refuses = type(model).__name__ == "Hiera"
+    return (
+        isinstance(norm, nn.Module)
+        and not isinstance(norm, nn.Identity)
+        and takes_norm
+        and not refuses
+    )
+
+
+# What pretraining and classification leave behind a backbone; never part of the tokens.
+HEADS = (
+    "head.",
+    "head_dist.",
+    "fc.",
+    "classifier.",
+    "projector.",
+    "predictor.",
+    "prototypes.",
+    "decoder_",
+)
+MASK_TOKENS = ("mask_token", "masked_embed")
+
+
+def _load_strictly(model: nn.Module, checkpoint: Any, spec: TeacherSpec, path: Any) -> None:
+    """Load a checkpoint into a model; anything missing, unexpected or misshapen is an error.
+
+    Left out: heads, mask tokens, decoders, and what lies behind the chosen block. Not missed: BatchNorm's
+    counters, which have no effect in eval mode. Position embeddings are resampled to the view's grid.
+    """
+    wanted = model.state_dict()
+    found = unwrap(checkpoint, set(wanted), path)
+    patch = "patch_embed.proj.weight"
+    if (
+        patch in found
+        and patch in wanted
+        and found[patch].ndim == 4
+        and found[patch].shape != wanted[patch].shape
+    ):
+        # timm would resample another patch size silently; such a network is another teacher.
+        raise _misfit(
+            spec, path, found, [f"misshapen {patch} ({_shapes(found[patch], wanted[patch])})"]
+        )
+    tensors = {
+        key: value.float() if value.is_floating_point() else value
+        for key, value in found.items()
+        if key not in MASK_TOKENS and not (key.startswith(HEADS) and key not in wanted)
+    }
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if convert is not None:
+        try:
+            tensors = convert(tensors, model)
+        except Exception as error:
+            raise _misfit(spec, path, found, [f"timm cannot convert its keys ({error})"]) from None
+    missing = [k for k in wanted if k not in tensors and not k.endswith("num_batches_tracked")]
+    misshapen = [k for k in wanted if k in tensors and tensors[k].shape != wanted[k].shape]
+    unexpected = [k for k in tensors if k not in wanted]
+    if unexpected:
+        whole = _keys_of_whole(spec)
+        unexpected = [k for k in unexpected if k not in whole]
+    problems = []
+    if missing:
+        problems.append(f"missing {_some(missing)}")
+    if unexpected:
+        problems.append(f"unexpected {_some(unexpected)}")
+    if misshapen:
+        first = misshapen[0]
+        more = f" and {len(misshapen) - 1} more" if len(misshapen) > 1 else ""
+        problems.append(f"misshapen {first} ({_shapes(tensors[first], wanted[first])}){more}")
+    if problems:
+        raise _misfit(spec, path, found, problems)
+    model.load_state_dict({k: v for k, v in tensors.items() if k in wanted}, strict=False)
+
+
+def _shapes(found: Tensor, wanted: Tensor) -> str:
+    return f"found {'x'.join(map(str, found.shape))}, expected {'x'.join(map(str, wanted.shape))}"
+
+
+def _keys_of_whole(spec: TeacherSpec) -> set[str]:
+    """Keys of the architecture with its classifier and all its blocks: what a cut may leave over."""
+    import timm
+
+    with torch.device("meta"):
+        return set(
+            timm.create_model(spec.architecture, pretrained=False, **spec.arguments).state_dict()
+        )
+
+
+def _misfit(spec: TeacherSpec, path: Any, found: StateDict, problems: list[str]) -> UsageError:
+    fitting = _fitting_architectures(found)
+    hint = f"; it would fit {' or '.join(fitting)}" if fitting else ""
+    return UsageError(f"'{path}' does not fit {spec.architecture}: {'; '.join(problems)}{hint}")
+
+
+COMMON_ARCHITECTURES = (
+    *(f"vit_{size}_patch16_224" for size in ("tiny", "small", "base", "large")),
+    *(
+        "vit_small_patch8_224",
+        "vit_base_patch8_224",
+        "vit_base_patch32_224",
+        "vit_huge_patch14_224",
+    ),
+    *(f"vit_{size}_patch14_dinov2" for size in ("small", "base", "large")),
+    *(f"vit_{size}_patch14_reg4_dinov2" for size in ("small", "base", "large")),
+    *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2"),
+    *(f"convnext_{size}" for size in ("tiny", "small", "base", "large")),
+    *("mobilenetv2_100", "mobilenetv3_large_100", "efficientnet_b0", "regnety_016"),
+)
+
+
+def _fitting_architectures(found: StateDict) -> list[str]:
+    """Which common architectures a state dict would fill, shapes and all; at most three."""
+    import timm
+
+    fitting = []
+    for name in COMMON_ARCHITECTURES:
+        try:
+            with torch.device("meta"):
+                wanted = timm.create_model(name, pretrained=False, num_classes=0).state_dict()
+        except Exception:
+            continue  # an older timm may lack it; this is a hint in an error, no more
+        sizeless = ("pos_embed",)
+        if all(
+            key in found and (key in sizeless or found[key].shape == value.shape)
+            for key, value in wanted.items()
+            if not key.endswith("num_batches_tracked")
+        ):
+            fitting.append(name)
+    return fitting[:3]

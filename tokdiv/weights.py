@@ -1,0 +1,348 @@
+"""From a spec's weights to a state dict: local file, URL or hub; locked, checked, never executed.
+
+A file is read with safetensors, or with `torch.load(weights_only=True)`, which builds tensors and plain
+containers and refuses everything else, so that a checkpoint cannot run code.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import http.client
+import os
+import pickle
+import socket
+import sys
+import urllib.error
+import urllib.parse
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock
+from torch import Tensor
+from tqdm import tqdm
+
+from tokdiv.errors import RunError, UsageError
+
+CHUNK = 1 << 20  # bytes
+TIMEOUT = 30  # seconds without a byte
+
+StateDict = dict[str, Tensor]
+
+
+def cache_folder() -> Path:
+    """Where downloads are kept: TOKDIV_CACHE, else `tokdiv` in the platform's cache folder."""
+    if folder := os.environ.get("TOKDIV_CACHE"):
+        return Path(folder).expanduser()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "tokdiv"
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", str(Path.home()))) / "tokdiv"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokdiv"
+
+
+def cached_path(source: str) -> Path:
+    """Where the weights of a URL or of "hf-hub:OWNER/REPO" lie in the cache folder.
+
+    Authors reuse file names (all of VISSL's are `model_final_checkpoint_phase*.torch`, iBOT's
+    `checkpoint_teacher.pth`), so the name starts with a hash of the whole URL.
+    """
+    if source.startswith("hf-hub:"):
+        return cache_folder() / (source[len("hf-hub:") :].replace("/", "--") + ".safetensors")
+    base = Path(urllib.parse.urlparse(source).path).name or "weights"
+    return cache_folder() / f"{hashlib.sha256(source.encode()).hexdigest()[:12]}-{base}"
+
+
+def is_cached(source: str) -> bool:
+    """Whether remote weights are on this machine already; looks at file names only."""
+    return cached_path(source).is_file() or _in_hub_cache(source) is not None
+
+
+def _in_hub_cache(source: str) -> Path | None:
+    """The file in the Hugging Face cache, which timm and other tools share."""
+    if not source.startswith("hf-hub:"):
+        return None
+    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+    hub = Path(os.environ.get("HF_HUB_CACHE", home / "hub")).expanduser()
+    folder = hub / ("models--" + source[len("hf-hub:") :].partition("@")[0].replace("/", "--"))
+    files = sorted(folder.glob("snapshots/*/model.safetensors"))
+    return files[-1] if files else None
+
+
+def weights_file(source: str, sha256: str | None = None) -> tuple[Path, str]:
+    """The local file that holds the weights, downloaded where it is not here yet, and its sha256.
+
+    Args:
+        source: an http(s) URL, "hf-hub:OWNER/REPO", or the path of a local file.
+        sha256: what the file must hash to, in hex; None accepts the first download and records its hash
+            beside it, which every later load is held to.
+
+    Raises:
+        UsageError: the local file does not exist or is not the one that `sha256` names.
+        RunError: the download failed, or what came is not what `sha256` names.
+    """
+    remote = source.startswith(("http://", "https://", "hf-hub:"))
+    if not remote:
+        path = Path(source)
+        if not path.is_file():
+            raise UsageError(
+                f"'{source}': no such file; the weights were there when the spec was written"
+            )
+    else:
+        path = cached_path(source)
+        recorded = path.with_name(path.name + ".sha256")
+        if not path.is_file() and source.startswith("hf-hub:"):
+            path = _in_hub_cache(source) or _download_from_hub(source)
+        elif not path.is_file():
+            _download(source, path, sha256)
+        if sha256 is None and recorded.is_file():
+            sha256 = recorded.read_text().strip()
+    digest = _sha256(path)
+    if sha256 is not None and digest != sha256.lower():
+        kind = RunError if remote else UsageError
+        remedy = (
+            "delete it to fetch it again"
+            if remote
+            else "point to the original file, or start a new run"
+        )
+        raise kind(
+            f"'{path}' has sha256 {digest}, expected {sha256}: the weights changed; {remedy}"
+        )
+    return path, digest
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _download(url: str, path: Path, sha256: str | None) -> None:
+    """Fetch into the cache folder: one process at a time, to a temporary name, checked, then renamed."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            if path.is_file():
+                return  # another process fetched it while this one waited
+            part = path.with_name(f"{path.name}.part")
+            try:
+                digest = _fetch(url, part)
+                if sha256 is not None and digest != sha256.lower():
+                    raise RunError(
+                        f"{url} has sha256 {digest}, expected {sha256}: a damaged or exchanged file; not used"
+                    )
+                if sha256 is None:
+                    path.with_name(path.name + ".sha256").write_text(digest + "\n")
+                    print(
+                        f"{path.name}: recorded sha256 {digest} at first download", file=sys.stderr
+                    )
+                part.replace(path)
+            finally:
+                part.unlink(missing_ok=True)
+    except (
+        urllib.error.URLError,
+        http.client.HTTPException,
+        TimeoutError,
+        ConnectionError,
+    ) as error:
+        raise RunError(f"cannot fetch {url} ({_reason(error)}): {_by_hand(url, path)}") from None
+    except OSError as error:
+        raise RunError(f"cannot store {url} as '{path}': {_reason(error)}") from None
+
+
+def _fetch(url: str, part: Path) -> str:
+    """Stream `url` into the file `part`; returns its sha256. A short body is an error."""
+    request = urllib.request.Request(url, headers={"User-Agent": "tokdiv"})
+    hashed, received = hashlib.sha256(), 0
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as response, part.open("wb") as file:
+        length = int(response.headers.get("Content-Length") or 0)
+        with tqdm(
+            total=length or None, unit="B", unit_scale=True, desc=part.stem, disable=None
+        ) as bar:
+            while chunk := response.read(CHUNK):
+                file.write(chunk)
+                hashed.update(chunk)
+                received += len(chunk)
+                bar.update(len(chunk))
+        file.flush()
+        os.fsync(file.fileno())
+    if length and received != length:
+        raise urllib.error.ContentTooShortError(f"got {received} of {length} bytes", ("", None))  # type: ignore[arg-type]
+    return hashed.hexdigest()
+
+
+def _download_from_hub(source: str) -> Path:
+    """Through huggingface_hub, whose cache, mirrors (HF_ENDPOINT) and tokens the user knows."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        LocalEntryNotFoundError,
+    )
+
+    repository, _, revision = source[len("hf-hub:") :].partition("@")
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    url = f"{endpoint}/{repository}/resolve/{revision or 'main'}/model.safetensors"
+    try:
+        if not urllib.request.getproxies():
+            # Without network huggingface_hub retries for half a minute; the name service knows at once.
+            host = urllib.parse.urlparse(endpoint)
+            socket.getaddrinfo(host.hostname, host.port or 443)
+        try:
+            file = hf_hub_download(repository, "model.safetensors", revision=revision or None)
+        except LocalEntryNotFoundError:
+            raise  # it is the network that is missing, not the file
+        except EntryNotFoundError:
+            file = hf_hub_download(repository, "pytorch_model.bin", revision=revision or None)
+        return Path(file)
+    except GatedRepoError:
+        raise RunError(
+            f"{repository} is gated: accept its licence at {endpoint}/{repository}, then set HF_TOKEN"
+        ) from None
+    except Exception as error:
+        # huggingface_hub raises its own, requests', httpx' and OS errors, by version.
+        raise RunError(
+            f"cannot fetch {url} ({_reason(error)}): {_by_hand(url, cached_path(source))}"
+        ) from None
+
+
+def _by_hand(url: str, path: Path) -> str:
+    return f"without network, fetch {url} elsewhere and put it at {path}"
+
+
+def _reason(error: BaseException) -> str:
+    reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error)
+    lines = str(reason).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def read_checkpoint(path: Path) -> Any:
+    """Read a checkpoint's tensors and plain containers; never executes anything in it.
+
+    Raises:
+        UsageError: not a checkpoint, truncated, or holding objects other than tensors.
+    """
+    with path.open("rb") as file:
+        head = file.read(512)
+    if not head:
+        raise UsageError(f"'{path}' is empty: expected a checkpoint (.pth, .pt or .safetensors)")
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise UsageError(
+            f"'{path}' is a web page, not a checkpoint: the download got an error page"
+        )
+    if head.startswith(b"version https://git-lfs"):
+        raise UsageError(
+            f"'{path}' is a Git LFS pointer, not a checkpoint: fetch it with git lfs pull"
+        )
+    if path.suffix == ".safetensors" or head[8:9] == b"{":
+        import safetensors.torch
+
+        try:
+            return safetensors.torch.load_file(path)
+        except Exception as error:
+            raise UsageError(
+                f"'{path}' is truncated or no safetensors file: {_reason(error)}"
+            ) from None
+    # Harmless types that authors' checkpoints carry beside the tensors: options, and numpy numbers.
+    harmless = [
+        argparse.Namespace,
+        np.dtype,
+        np.ndarray,
+        *(type(np.dtype(c)) for c in "?bBhHiIlLefd"),
+    ]
+    for module in (getattr(np, "_core", None), getattr(np, "core", None)):
+        with contextlib.suppress(AttributeError):
+            harmless += [module.multiarray.scalar, module.multiarray._reconstruct]  # type: ignore[union-attr]
+            break
+    try:
+        with torch.serialization.safe_globals(harmless):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        text = " ".join(str(error).split())
+        if "Unsupported" in text or "GLOBAL" in text or "not allowed" in text:
+            start = text.find("GLOBAL ")
+            named = text[start + 7 :].split(" ")[0] if start >= 0 else "objects"
+            raise UsageError(
+                f"'{path}' holds objects other than tensors ({named}) and could run code: refused; "
+                f"re-save its state_dict() alone"
+            ) from None
+        raise UsageError(f"'{path}' is truncated or no PyTorch checkpoint") from None
+    except (
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+        OSError,
+        AttributeError,
+        TypeError,
+    ) as error:
+        raise UsageError(
+            f"'{path}' is truncated or no PyTorch checkpoint: {_reason(error)}"
+        ) from None
+
+
+# Where authors put the state dict, outermost first, and what they prefix its keys with. A checkpoint of a
+# momentum or teacher-student method holds several networks: the teacher's is the one published.
+CONTAINERS = (
+    "classy_state_dict",  # VISSL: classy_state_dict / base_model / model / trunk
+    "base_model",
+    "teacher",  # DINO and iBOT training checkpoints: teacher and student side by side
+    "model_state_dict",
+    "state_dict",
+    "model",
+    "trunk",
+    "module",
+)
+PREFIXES = (
+    "module.",
+    "momentum_encoder.",  # MoCo v3: the momentum encoder and the base encoder side by side
+    "base_encoder.",
+    "_feature_blocks.",  # VISSL
+    "teacher.",
+    "model.",
+    "backbone.",
+    "encoder.",
+    "trunk.",
+)
+
+
+def unwrap(checkpoint: Any, expected: set[str], path: Path) -> StateDict:
+    """The state dict inside what authors wrap around it.
+
+    Rules: while the checkpoint is a dict with one of CONTAINERS as a key that holds a dict, go into it;
+    then, while keys begin with one of PREFIXES and no key of the architecture does, keep only those keys,
+    without the prefix.
+
+    Args:
+        checkpoint: what `read_checkpoint` gave.
+        expected: the architecture's own keys.
+        path: the file, for messages.
+    """
+    inner = checkpoint
+    while isinstance(inner, dict):
+        name = next((c for c in CONTAINERS if isinstance(inner.get(c), dict)), None)
+        if name is None:
+            break
+        inner = inner[name]
+    tensors = (
+        {k: v for k, v in inner.items() if isinstance(v, Tensor)} if isinstance(inner, dict) else {}
+    )
+    if not tensors:
+        kind = (
+            f"a dict with the keys {_some(list(inner))}"
+            if isinstance(inner, dict)
+            else type(inner).__name__
+        )
+        raise UsageError(f"'{path}' holds no state dict: found {kind}")
+    while True:
+        prefix = next((p for p in PREFIXES if any(k.startswith(p) for k in tensors)), None)
+        if prefix is None or any(key.startswith(prefix) for key in expected):
+            return tensors
+        tensors = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _some(names: list[Any], limit: int = 4) -> str:
+    """The first few of a list of names, and how many more there are."""
+    listed = ", ".join(str(name) for name in names[:limit])
+    return listed + (f" and {len(names) - limit} more" if len(names) > limit else "")
