@@ -53,7 +53,7 @@ def _closed_form(tokens: Tensor) -> Tensor:
     unit = tokens / torch.where(nonzero, scale, 1.0)
     unit = unit / torch.where(nonzero, unit.square().sum(dim=2, keepdim=True).sqrt(), 1.0)
     pairs = unit.sum(dim=1).square().sum(dim=1) - nonzero.sum(dim=(1, 2))
-    return pairs / (K * (K - 1))
+    return (pairs / (K * (K - 1))).clamp(-1 / (K - 1), 1)  # rounding could leave the range
 
 
 def pooled_similarity(tokens: Tensor, grid: tuple[int, int], side: int = 7) -> Tensor | None:

@@ -1,9 +1,11 @@
 """The Teacher: uint8 images in, tokens out, whatever the network behind it."""
 
 import dataclasses
+import importlib.util
 import inspect
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
@@ -71,7 +73,7 @@ class Teacher(nn.Module):
         self.grid, self.dim = self._probe(grid)
         self.num_tokens = self.grid[0] * self.grid[1]
         described = spec or TeacherSpec(
-            name, CUSTOM, mean=tuple(mean), std=tuple(std), size=size, input_size=size, norm=False
+            name, CUSTOM, mean=mean, std=std, size=size, input_size=size, norm=False
         )
         self.spec = dataclasses.replace(
             described,
@@ -225,6 +227,40 @@ def load_teacher(
     return teacher.prepare(device, dtype)
 
 
+def teacher_from_file(reference: str) -> Teacher:
+    """Call the user's own function, FILE.py:FUNCTION, which returns a Teacher. This runs that code.
+
+    Raises:
+        UsageError: no such file or function, or it returned something else.
+    """
+    path, _, function = reference.rpartition(":")
+    if not path or not function.isidentifier() or not Path(path).is_file():
+        raise UsageError(
+            f"--teacher-module {reference}: expected FILE.py:FUNCTION, with a file that exists"
+        )
+    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    if module_spec is None or module_spec.loader is None:
+        raise UsageError(f"--teacher-module {reference}: '{path}' is no Python file")
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+        make = getattr(module, function, None)
+        if not callable(make):
+            raise UsageError(f"--teacher-module {reference}: '{path}' has no function '{function}'")
+        teacher = make()
+    except UsageError:
+        raise
+    except Exception as error:
+        raise UsageError(
+            f"--teacher-module {reference} raised {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(teacher, Teacher):
+        raise UsageError(
+            f"--teacher-module {reference} returned {type(teacher).__name__}, not a tokdiv.Teacher"
+        )
+    return teacher
+
+
 def complete(spec: TeacherSpec) -> TeacherSpec:
     """Fill in what only timm knows of an architecture: mean, std, native size, where its weights are.
 
@@ -297,7 +333,7 @@ def _from_timm(spec: TeacherSpec, size: int) -> Teacher:
             f"{spec.name}: timm's '{spec.architecture}' does not give its tokens (no forward_intermediates); "
             f"wrap it with tokdiv.Teacher(model, tokens=FUNCTION)"
         )
-    blocks = len(getattr(model, "feature_info", None) or getattr(model, "blocks", ()))
+    blocks = len(getattr(model, "feature_info", ()))
     if spec.block is not None and spec.block >= blocks:
         raise UsageError(
             f"{spec.name}: blocks={spec.block}: {spec.architecture} has blocks 0 to {blocks - 1}"
@@ -317,7 +353,7 @@ def _from_timm(spec: TeacherSpec, size: int) -> Teacher:
     spec = dataclasses.replace(spec, norm=norm)
     indices: int | list[int] = 1 if spec.block is None else [spec.block]
     if hasattr(model, "prune_intermediate_layers"):
-        model.prune_intermediate_layers(indices, prune_norm=not norm, prune_head=True)
+        model.prune_intermediate_layers(indices, prune_norm=not norm, prune_head=True)  # type: ignore[operator]
     if path is not None:
         _load_strictly(model, read_checkpoint(path), spec, path)
     options: dict[str, Any] = {"norm": True} if norm else {}

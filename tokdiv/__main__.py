@@ -1,0 +1,3 @@
+from tokdiv.cli import main
+
+main()

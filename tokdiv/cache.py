@@ -1,0 +1,46 @@
+"""Where weights are kept on this machine. No torch, so that `tokdiv teachers` answers at once."""
+
+import hashlib
+import os
+import sys
+import urllib.parse
+from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """Where downloads are kept: TOKDIV_CACHE, else `tokdiv` in the platform's cache folder."""
+    if folder := os.environ.get("TOKDIV_CACHE"):
+        return Path(folder).expanduser()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "tokdiv"
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", str(Path.home()))) / "tokdiv"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokdiv"
+
+
+def cached_path(source: str) -> Path:
+    """Where the weights of a URL or of "hf-hub:OWNER/REPO" lie in the cache folder.
+
+    Authors reuse file names (all of VISSL's are `model_final_checkpoint_phase*.torch`, iBOT's
+    `checkpoint_teacher.pth`), so the name starts with a hash of the whole URL.
+    """
+    if source.startswith("hf-hub:"):
+        return cache_folder() / (source[len("hf-hub:") :].replace("/", "--") + ".safetensors")
+    base = Path(urllib.parse.urlparse(source).path).name or "weights"
+    return cache_folder() / f"{hashlib.sha256(source.encode()).hexdigest()[:12]}-{base}"
+
+
+def is_cached(source: str) -> bool:
+    """Whether remote weights are on this machine already; looks at file names only."""
+    return cached_path(source).is_file() or in_hub_cache(source) is not None
+
+
+def in_hub_cache(source: str) -> Path | None:
+    """The file in the Hugging Face cache, which timm and other tools share."""
+    if not source.startswith("hf-hub:"):
+        return None
+    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+    hub = Path(os.environ.get("HF_HUB_CACHE", home / "hub")).expanduser()
+    folder = hub / ("models--" + source[len("hf-hub:") :].partition("@")[0].replace("/", "--"))
+    files = sorted(folder.glob("snapshots/*/model.safetensors"))
+    return files[-1] if files else None

@@ -1,0 +1,331 @@
+"""The command line: parse, call, print. Torch is imported inside the commands, so that help comes at once."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tokdiv import __version__
+from tokdiv.errors import RunError, UsageError
+
+if TYPE_CHECKING:
+    from tokdiv.ranking import Ranking
+    from tokdiv.teacher import Teacher
+
+app = typer.Typer(
+    help="Rank frozen teachers for masked image modeling by the diversity of their tokens.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+SPEC_HELP = (
+    "A teacher: a name of the zoo (see `tokdiv teachers`), a group (paper), timm:MODEL, timm:ARCH@PATH, "
+    "timm:ARCH@random, or FILE.toml; options follow as :key=value (blocks, norm, size, mean, std, or an argument "
+    "of the architecture); LABEL= before it names it. Repeat it, or join several with commas."
+)
+Data = Annotated[
+    str,
+    typer.Argument(
+        help="A folder of images, a .tar, WebDataset shards, or a data set in timm's notation "
+        "(wds/..., hfds/..., torch/...)."
+    ),
+]
+Teachers = Annotated[list[str], typer.Option("--teacher", "-t", metavar="SPEC", help=SPEC_HELP)]
+OptionalTeachers = Annotated[
+    list[str] | None, typer.Option("--teacher", "-t", metavar="SPEC", help=SPEC_HELP)
+]
+Run = Annotated[
+    Path,
+    typer.Option("--out", "-o", metavar="RUN", help="The folder to write, and to resume from."),
+]
+TeacherModule = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE.py:FUNCTION",
+        help="A network of your own: the function returns a tokdiv.Teacher. This runs your code.",
+    ),
+]
+MaxImages = Annotated[
+    int | None, typer.Option(help="Measure at most this many images. [default: all]")
+]
+BatchSize = Annotated[int, typer.Option(help="Images of one forward pass, per process.")]
+Workers = Annotated[
+    int | None, typer.Option(help="Decoding threads per process. [default: one a core]")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
+Dtype = Annotated[
+    str, typer.Option(help="auto, float32 or bfloat16; auto is bfloat16 where it is native.")
+]
+Compile = Annotated[
+    str, typer.Option(help="auto, on or off: torch.compile; auto for long runs on a GPU.")
+]
+Seed = Annotated[int, typer.Option(help="Of the order of the images.")]
+ImageSize = Annotated[
+    str | None,
+    typer.Option(
+        help="Side of the view in pixels, or native for each teacher's own. [default: 224]"
+    ),
+]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"tokdiv {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def teachers(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """List the zoo: method, architecture, K and C at 224 px, parameters, weights, licence, cached or not."""
+    from tokdiv.listing import zoo_json, zoo_table
+
+    print(json.dumps(zoo_json(), indent=2) if as_json else zoo_table())
+
+
+@app.command()
+def rank(
+    data: Data,
+    out: Run,
+    teacher: OptionalTeachers = None,
+    teacher_module: TeacherModule = None,
+    max_images: MaxImages = None,
+    confidence: Annotated[float, typer.Option(help="Of the order, between 0.5 and 1.")] = 0.99,
+    certify: Annotated[
+        str,
+        typer.Option(
+            help="order: stop once every pair is decided or tied. best: once the winner is, dropping certified "
+            "losers on the way. none: measure all."
+        ),
+    ] = "order",
+    tie: Annotated[
+        float, typer.Option(help="A gap of mean similarity below this is a tie.")
+    ] = 0.002,
+    batch_size: BatchSize = 64,
+    workers: Workers = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    compile: Compile = "auto",
+    seed: Seed = 0,
+    image_size: ImageSize = None,
+    allow_baselines: Annotated[
+        bool, typer.Option("--allow-baselines", help="Let pixels, hog and untrained networks win.")
+    ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume/--no-resume", help="Go on with the RUN there, or move it to RUN.bak-N."
+        ),
+    ] = True,
+) -> None:
+    """Measure the token diversity of each teacher on DATA, rank them with a guarantee, write RUN."""
+    import tokdiv
+
+    ranking = tokdiv.rank(
+        data,
+        [*(teacher or []), *_own_teacher(teacher_module)],
+        out,
+        resume=resume,
+        max_images=max_images,
+        confidence=confidence,
+        certify=certify,
+        tie=tie,
+        batch_size=batch_size,
+        workers=workers,
+        device=device,
+        dtype=dtype,
+        compile=compile,
+        seed=seed,
+        image_size=_image_size(image_size),
+        allow_baselines=allow_baselines,
+    )
+    if _rank_of_process() == 0:
+        print(_ranking_text(ranking, out))
+
+
+@app.command()
+def maps(
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Images, a row each.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="PNG", help="The picture: .png, .svg or .pdf.")
+    ],
+    teacher: OptionalTeachers = None,
+    teacher_module: TeacherModule = None,
+    query: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ROW,COL", help="The query, in units of the view (0..1). [default: the centre]"
+        ),
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    image_size: ImageSize = None,
+) -> None:
+    """Draw the cosine of every token to a query token, per image and teacher (Figure 3 of the paper)."""
+    from tokdiv.maps import draw_maps
+
+    draw_maps(
+        images,
+        [*(teacher or []), *_own_teacher(teacher_module)],
+        out,
+        query=_query(query),
+        device=device,
+        dtype=dtype,
+        image_size=_image_size(image_size),
+    )
+    print(out)
+
+
+@app.command()
+def depth(
+    data: Data,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="RUN", help="The folder to write.")],
+    teacher: OptionalTeachers = None,
+    max_images: Annotated[
+        int | None, typer.Option(help="Measure at most this many images.")
+    ] = 1000,
+    batch_size: BatchSize = 64,
+    workers: Workers = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+    image_size: ImageSize = None,
+) -> None:
+    """Token similarity by block depth: where a network over-smooths, and its most diverse block."""
+    from tokdiv.depth import measure_depth
+
+    table = measure_depth(
+        data,
+        teacher or [],
+        out,
+        max_images=max_images,
+        batch_size=batch_size,
+        workers=workers,
+        device=device,
+        dtype=dtype,
+        seed=seed,
+        image_size=_image_size(image_size),
+    )
+    print(table.to_string(index=False, float_format="{:.4f}".format))
+    print(f"figure: {out / 'depth.png'}")
+
+
+def _own_teacher(module: str | None) -> "list[Teacher]":
+    """Run the user's own code for --teacher-module, and say so."""
+    if module is None:
+        return []
+    from tokdiv.teacher import teacher_from_file
+
+    print(f"running your code: {module}", file=sys.stderr)
+    return [teacher_from_file(module)]
+
+
+def _image_size(text: str | None) -> Any:
+    if text is None or text == "native":
+        return text
+    if not text.isdigit() or int(text) < 1:
+        raise UsageError(f"--image-size {text}: expected a number of pixels, as 224, or native")
+    return int(text)
+
+
+def _query(text: str | None) -> tuple[float, float] | None:
+    if text is None:
+        return None
+    try:
+        row, column = (float(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(
+            f"--query {text}: expected ROW,COL, two numbers from 0 to 1, as 0.5,0.25"
+        ) from None
+    if not (0 <= row <= 1 and 0 <= column <= 1):
+        raise UsageError(
+            f"--query {text}: expected ROW,COL from 0 (top, left) to 1 (bottom, right)"
+        )
+    return row, column
+
+
+def _rank_of_process() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def _ranking_text(ranking: "Ranking", out: Path) -> str:
+    """The table, what to know about it, and the winner last."""
+    from tokdiv.listing import ranking_table
+
+    lines = [ranking_table(ranking), "", *ranking.remarks()]
+    certificate, best = ranking.certificate, ranking[ranking.best_name]
+    state = "certified" if ranking.certified else "not certified"
+    seen, count = ranking.data["images"], ranking.data["count"]
+    lines.append(
+        f"Order {state} at {certificate['confidence']:.6g} confidence from {seen:,} of "
+        f"{count if count is None else format(count, ',')} images, scored in {ranking.settings['dtype']}."
+    )
+    lines.append(
+        f"Written to {out}: ranking.json, ranking.csv, scores.parquet, skipped.csv, similarity.png"
+    )
+    lines.append(f"Best teacher: {best.name} (diversity {best.diversity:.4f})")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run the command line; a mistake or a failure is one line on stderr, never a traceback."""
+    sys.exit(run(app))
+
+
+def run(application: typer.Typer) -> int:
+    """Run a typer application; returns its exit code.
+
+    0 done, 1 a run-time failure, 2 a mistake in the call, 130 and 143 interrupted by SIGINT and SIGTERM.
+    """
+    try:
+        code = application(standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except UsageError as error:
+        return _fail(error, 2)
+    except RunError as error:
+        return _fail(error, 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except BrokenPipeError:
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # the reader of our output left
+        return 1
+    except Exception as error:
+        if type(error).__name__ == "Interrupted":
+            return _fail(error, 128 + error.signal)  # type: ignore[attr-defined]
+        if hasattr(error, "exit_code") and hasattr(
+            error, "format_message"
+        ):  # click's own mistakes in the call
+            return _fail(error.format_message(), 2)
+        if type(error).__name__ == "Abort":
+            return _fail("interrupted", 130)
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            return _fail("out of memory: use a smaller --batch-size", 1)
+        if isinstance(error, OSError):
+            return _fail(f"{error.filename or ''}: {error.strerror or error}".lstrip(": "), 1)
+        raise
+
+
+def _fail(message: object, code: int) -> int:
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    return code

@@ -1,0 +1,486 @@
+"""From the score array to the ranking, and the folder RUN that hands it over.
+
+RUN/ranking.json is the contract with everything behind it (the report, `img2vec pretrain`): it holds all that is
+needed to load each teacher again, with the sha256 of its weights.
+"""
+
+import csv
+import dataclasses
+import io
+import json
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from tokdiv import __version__
+from tokdiv.certify import Certificate, confidence_sequence
+from tokdiv.errors import RunError, UsageError
+from tokdiv.scores import ScoreTable, write_whole
+from tokdiv.spec import TeacherSpec
+
+if TYPE_CHECKING:
+    from tokdiv.measure import Settings
+    from tokdiv.sources import Source
+
+SCHEMA_VERSION = 1
+# Settings that change scores or what is concluded from them; a RUN is only resumed with the same. More
+# images are no contradiction: they go on where the others ended.
+BINDING = ("seed", "image_size", "dtype", "confidence", "certify", "tie", "allow_baselines")
+SPEC_IDENTITY = (
+    "architecture",
+    "sha256",
+    "size",
+    "block",
+    "norm",
+    "mean",
+    "std",
+    "arguments",
+    "seed",
+)
+
+
+@dataclass(frozen=True)
+class RankedTeacher:
+    """A row of the ranking.
+
+    Attributes:
+        name, rank (from 1), baseline, spec: which teacher, and how to load it again.
+        mean_similarity: mean over the images of the token similarity. diversity: 1 - that.
+        ci_low, ci_high: confidence sequence of the mean similarity over all of DATA; those of all
+            teachers hold together with the run's confidence.
+        images: usable images measured.
+        centred_similarity: of tokens minus the teacher's mean token; None where there were too few images.
+        similarity_7x7: of tokens pooled to a 7 x 7 grid; None for a coarser grid.
+    """
+
+    name: str
+    rank: int
+    baseline: bool
+    spec: TeacherSpec
+    mean_similarity: float
+    diversity: float
+    ci_low: float
+    ci_high: float
+    images: int
+    centred_similarity: float | None
+    similarity_7x7: float | None
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The result of `tokdiv.rank`, and the content of ranking.json.
+
+    Attributes:
+        data: source, count, fingerprint, and how many images were looked at and unusable.
+        settings: those of the run. certificate: certified, confidence, pairs by name.
+        teachers: best first. best_name: the winner, a trained teacher if there is one.
+        rates: images per second of each teacher, on this machine; not part of the hand-over.
+    """
+
+    data: dict[str, Any]
+    settings: dict[str, Any]
+    certificate: dict[str, Any]
+    teachers: list[RankedTeacher]
+    best_name: str
+    rates: dict[str, float] = dataclasses.field(default_factory=dict, compare=False)
+
+    @property
+    def best(self) -> TeacherSpec:
+        """The winner, as `load_teacher` and `img2vec.pretrain` take it."""
+        return self[self.best_name].spec
+
+    @property
+    def certified(self) -> bool:
+        """Whether every pair is decided or tied."""
+        return bool(self.certificate["certified"])
+
+    def __getitem__(self, name: str) -> RankedTeacher:
+        return next(teacher for teacher in self.teachers if teacher.name == name)
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row per teacher, best first."""
+        rows = []
+        for teacher in self.teachers:
+            row = {
+                f.name: getattr(teacher, f.name)
+                for f in dataclasses.fields(teacher)
+                if f.name != "spec"
+            }
+            spec = teacher.spec
+            row |= {
+                key: getattr(spec, key)
+                for key in ("num_tokens", "dim", "parameters", "norm", "method")
+            }
+            rows.append(row | {"weights": spec.weights, "sha256": spec.sha256})
+        return pd.DataFrame(rows).astype({"centred_similarity": float, "similarity_7x7": float})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of ranking.json."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "data": self.data,
+            "settings": self.settings,
+            "certificate": self.certificate,
+            "teachers": [dataclasses.asdict(teacher) for teacher in self.teachers],
+            "best": self.best_name,
+        }
+
+    def remarks(self) -> list[str]:
+        """What a user of this ranking should know, a sentence each."""
+        return [
+            *self._about_the_winner(),
+            *self._about_the_certificate(),
+            *self._about_the_measure(),
+        ]
+
+    def _about_the_winner(self) -> list[str]:
+        best, remarks = self[self.best_name], []
+        if best.baseline and not self.settings["allow_baselines"]:
+            remarks.append(
+                f"All candidates are baselines: '{best.name}' is the most diverse of them, but no trained "
+                f"teacher was measured."
+            )
+        above = [t.name for t in self.teachers if t.baseline and t.rank < best.rank]
+        if above:
+            remarks.append(
+                f"The baseline{'s' * (len(above) > 1)} {', '.join(above)} stand{'s' * (len(above) == 1)} above "
+                f"the winner: raw signals and untrained networks are diverse without meaning, so diversity "
+                f"alone does not make them teachers."
+            )
+        ties = self.certificate["co_winners"]
+        if ties:
+            remarks.append(
+                f"The winner is tied with {', '.join(ties)} (gap below {self.settings['tie']:g})."
+            )
+        return remarks
+
+    def _about_the_certificate(self) -> list[str]:
+        certificate, remarks = self.certificate, []
+        if len(self.teachers) < 2:
+            remarks.append(
+                "One teacher alone: it was measured, with an interval; there is nothing to order."
+            )
+        for pair in certificate["pairs"]:
+            if pair["state"] == "open":
+                more = pair["more_images"]
+                about = (
+                    f"about {more:,} images more would settle it"
+                    if more
+                    else "more images may settle it"
+                )
+                remarks.append(
+                    f"Not decided within {pair['images']:,} images: {pair['first']} before {pair['second']}, gap "
+                    f"{pair['gap']:.4f} ({pair['low']:.4f} to {pair['high']:.4f}); {about}."
+                )
+        if certificate["approximate"]:
+            remarks.append(
+                "The guarantees are approximate: a stream of shards cannot be put in uniformly random order."
+            )
+        if self.data["unusable"]:
+            remarks.append(
+                f"{self.data['unusable']:,} of {self.data['images']:,} images could not be used: skipped.csv."
+            )
+        return remarks
+
+    def _about_the_measure(self) -> list[str]:
+        remarks = []
+        trained = [t for t in self.teachers if not t.baseline]
+        for column, what in (
+            ("centred_similarity", "Centred at its mean token"),
+            ("similarity_7x7", "Pooled to a 7x7 grid"),
+        ):
+            values = {t.name: getattr(t, column) for t in trained if getattr(t, column) is not None}
+            if len(values) > 1 and min(values, key=values.__getitem__) != trained[0].name:
+                remarks.append(f"{what}, {min(values, key=values.__getitem__)} would come first.")
+        return remarks
+
+    def write(self, folder: Path, table: ScoreTable) -> None:
+        """Write all of RUN but its config and state: ranking, scores, skipped images, figure.
+
+        Raises:
+            RunError: the disk is full or not writable.
+        """
+        columns = [table.teachers.index(teacher.name) for teacher in self.teachers]
+        scores = table.rows(0, table.front)
+        usable = np.array([p not in table.reasons for p in range(table.front)], dtype=bool)
+        frame = pd.DataFrame(
+            {"position": np.arange(table.front), "key": [table.key(p) for p in range(table.front)]}
+        )
+        for teacher, column in zip(self.teachers, columns):
+            frame[teacher.name] = scores[:, column]
+        buffer = io.BytesIO()
+        frame[usable].to_parquet(buffer, index=False)
+        write_whole(folder / "scores.parquet", buffer.getvalue())
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["key", "reason"])
+        writer.writerows((table.key(p), reason) for p, reason in sorted(table.reasons.items()))
+        write_whole(folder / "skipped.csv", text.getvalue())
+        write_whole(folder / "ranking.csv", self.table.to_csv(index=False))
+        self._draw(folder, scores[usable][:, columns])
+        # The hand-over goes last: where it is, everything else is there too.
+        write_whole(folder / "ranking.json", json.dumps(self.to_dict(), indent=2) + "\n")
+
+    def _draw(self, folder: Path, scores: np.ndarray) -> None:
+        from tokdiv.plots import save_figure, similarity_figure
+
+        figure = similarity_figure(
+            [teacher.name for teacher in self.teachers],
+            scores,
+            [teacher.ci_low for teacher in self.teachers],
+            [teacher.ci_high for teacher in self.teachers],
+            [teacher.baseline for teacher in self.teachers],
+            best=self.best_name,
+            confidence=self.settings["confidence"],
+        )
+        try:
+            save_figure(figure, folder / "similarity.png")
+        except OSError as error:
+            raise RunError(
+                f"cannot write '{folder / 'similarity.png'}': {error.strerror}"
+            ) from None
+
+
+def load_ranking(path: str | os.PathLike[str]) -> Ranking:
+    """Read a RUN folder or its ranking.json.
+
+    Raises:
+        UsageError: it is not there, unfinished, or of another schema.
+    """
+    file = Path(path)
+    file = file / "ranking.json" if file.is_dir() else file
+    if not file.is_file():
+        unfinished = (file.parent / "config.json").is_file()
+        why = (
+            "this run is not finished: repeat its `tokdiv rank` command"
+            if unfinished
+            else "no such ranking"
+        )
+        raise UsageError(f"'{file}': {why}")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if content["schema_version"] != SCHEMA_VERSION:
+            raise UsageError(
+                f"'{file}' has schema version {content['schema_version']}, expected {SCHEMA_VERSION}: use the "
+                f"tokdiv that wrote it, or rank again"
+            )
+        teachers = [
+            RankedTeacher(**(row | {"spec": TeacherSpec.from_dict(row["spec"])}))
+            for row in content["teachers"]
+        ]
+        return Ranking(
+            content["data"], content["settings"], content["certificate"], teachers, content["best"]
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"'{file}' is no ranking of tokdiv: {error}") from None
+
+
+def eligible_teachers(specs: Sequence[TeacherSpec], allow_baselines: bool) -> list[int]:
+    """Which may win: baselines only where they are allowed, or alone."""
+    trained = [n for n, spec in enumerate(specs) if not spec.baseline]
+    return list(range(len(specs))) if allow_baselines or not trained else trained
+
+
+def make_ranking(
+    table: ScoreTable,
+    certificate: Certificate,
+    specs: Sequence[TeacherSpec],
+    source: "Source",
+    settings: "Settings",
+    rates: dict[str, float],
+) -> Ranking:
+    """Put the teachers in order, with the intervals of their means.
+
+    Raises:
+        RunError: not one image could be used.
+    """
+    front = table.front
+    unusable = table.unusable(front)
+    if front == 0 or unusable == front:
+        reason = f"'{table.key(0)}': {table.reasons[0]}" if front else "there are none"
+        raise RunError(
+            f"none of the {front:,} images of '{source.name}' could be used (the first: {reason})"
+        )
+    similarity, centred, pooled = (
+        table.rows(0, front, m) for m in ("similarity", "centred", "pooled")
+    )
+    alpha = (1 - settings.confidence) / len(specs)  # so that the intervals hold together
+    rows = []
+    for place, n in enumerate(certificate.order):
+        spec = specs[n]
+        images = table.progress.measured[spec.name]
+        x = similarity[:images, n].astype(np.float64)
+        bounds = confidence_sequence(
+            x,
+            source.count,
+            alpha,
+            lower=-1 / ((spec.num_tokens or 2) - 1),
+            upper=1.0,
+            times=np.array([images]),
+        )
+        mean = float(np.nanmean(x))
+        rows.append(
+            RankedTeacher(
+                name=spec.name,
+                rank=place + 1,
+                baseline=spec.baseline,
+                spec=spec,
+                mean_similarity=mean,
+                diversity=1 - mean,
+                ci_low=float(bounds.low[-1]),
+                ci_high=float(bounds.high[-1]),
+                images=int((~np.isnan(x)).sum()),
+                centred_similarity=_mean(centred[:, n]),
+                similarity_7x7=_mean(pooled[:, n]),
+            )
+        )
+    eligible = {specs[n].name for n in eligible_teachers(specs, settings.allow_baselines)}
+    best = next(row for row in rows if row.name in eligible)
+    return Ranking(
+        data={
+            "source": source.name,
+            "count": source.count,
+            "fingerprint": source.fingerprint,
+            "images": front,
+            "unusable": unusable,
+        },
+        settings=dataclasses.asdict(settings),
+        certificate=_named(certificate, [spec.name for spec in specs], best.name, eligible),
+        teachers=rows,
+        best_name=best.name,
+        rates=rates,
+    )
+
+
+def _mean(values: np.ndarray) -> float | None:
+    present = values[~np.isnan(values)].astype(np.float64)
+    return float(present.mean()) if len(present) else None
+
+
+def _named(
+    certificate: Certificate, names: list[str], best: str, eligible: set[str]
+) -> dict[str, Any]:
+    """The certificate as JSON, its pairs by name, and who shares the first place."""
+    content = certificate.to_dict()
+    for pair in content["pairs"]:
+        pair["first"], pair["second"] = names[pair["first"]], names[pair["second"]]
+    content["order"] = [names[n] for n in certificate.order]
+    ties = [{p["first"], p["second"]} for p in content["pairs"] if p["state"] == "tie"]
+    content["co_winners"] = [
+        name for name in content["order"] if {best, name} in ties and name in eligible
+    ]
+    return content
+
+
+def open_run(
+    out: str | os.PathLike[str],
+    source: "Source",
+    settings: "Settings",
+    specs: Sequence[TeacherSpec],
+    resume: bool,
+) -> Path:
+    """Make the folder RUN or find it fit to be gone on with; returns the folder of its state.
+
+    Raises:
+        UsageError: it holds something else, or a run of other settings, data or weights, or cannot be
+            written to.
+    """
+    folder = Path(out)
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise UsageError(f"-o {folder}: is a file; give a folder")
+        config = folder / "config.json"
+        if folder.is_dir() and any(folder.iterdir()):
+            if not config.is_file():
+                raise UsageError(
+                    f"-o {folder}: the folder is not empty and holds no run; give another one"
+                )
+            if resume:
+                _check_same(json.loads(config.read_text()), folder, source, settings, specs)
+            else:
+                folder.rename(_free_backup(folder))
+        state = folder / "state"
+        state.mkdir(parents=True, exist_ok=True)
+        if not os.access(state, os.W_OK):
+            raise PermissionError(13, "Permission denied")
+    except OSError as error:
+        raise UsageError(
+            f"-o {folder}: cannot be written to ({error.strerror}); give another folder"
+        ) from None
+    except json.JSONDecodeError:
+        raise UsageError(
+            f"-o {folder}: its config.json is damaged; start anew with --no-resume"
+        ) from None
+    write_whole(config, json.dumps(_config(source, settings, specs), indent=2) + "\n")
+    return state
+
+
+def _free_backup(folder: Path) -> Path:
+    number = 1
+    while (backup := folder.with_name(f"{folder.name}.bak-{number}")).exists():
+        number += 1
+    return backup
+
+
+def _config(source: "Source", settings: "Settings", specs: Sequence[TeacherSpec]) -> dict[str, Any]:
+    import timm
+    import torch
+    import torchvision
+
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "command": sys.argv,
+        "data": {"source": source.name, "count": source.count, "fingerprint": source.fingerprint},
+        "settings": dataclasses.asdict(settings),
+        "teachers": [spec.to_dict() for spec in specs],
+        "versions": {
+            "tokdiv": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "timm": timm.__version__,
+            "numpy": np.__version__,
+        },
+    }
+
+
+def _check_same(
+    old: dict[str, Any],
+    folder: Path,
+    source: "Source",
+    settings: "Settings",
+    specs: Sequence[TeacherSpec],
+) -> None:
+    """Whether a run may go on: the same data, settings and weights; teachers may join, images be more."""
+    remedy = "repeat it as it was, give another folder, or start anew with --no-resume"
+
+    def refuse(what: str, before: Any, now: Any) -> UsageError:
+        return UsageError(f"-o {folder} holds a run with {what} {before}, now {now}: {remedy}")
+
+    if old["data"]["fingerprint"] != source.fingerprint:
+        before = f"'{old['data']['source']}' of {old['data']['count']} images"
+        raise refuse("other data:", before, f"'{source.name}' of {source.count} images")
+    for key in BINDING:
+        if old["settings"][key] != getattr(settings, key):
+            raise refuse(key, old["settings"][key], getattr(settings, key))
+    before, now = old["settings"]["max_images"], settings.max_images
+    if now is not None and (before is None or now < before):
+        raise refuse("max_images", before or "all", now)
+    teachers = {spec.name: json.loads(json.dumps(spec.to_dict())) for spec in specs}
+    for stored in old["teachers"]:
+        name = stored["name"]
+        if name not in teachers:
+            raise refuse("the teacher", name, "without it")
+        for key in SPEC_IDENTITY:
+            if stored[key] != teachers[name][key]:
+                raise refuse(f"{name}: {key}", stored[key], teachers[name][key])
