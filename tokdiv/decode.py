@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFile
-from torchvision.io import ImageReadMode, decode_jpeg, decode_png
+from torchvision.io import ImageReadMode, decode_jpeg
 
 # Pillow's own limit for a decompression bomb (twice its MAX_IMAGE_PIXELS), held here for every
 # decoder and whatever a caller sets in Pillow.
@@ -74,8 +74,9 @@ def _decode_bytes(data: bytes) -> torch.Tensor:
     """The one place that chooses a decoder.
 
     torchvision for JPEG (the fastest of the usual ones, and it refuses a file without its end),
-    and for PNG of 16 bits, which Pillow would cut to 8. Pillow for the rest. torchvision's image
-    codecs are deprecated from 0.29 on in favour of torchcodec: replace them here.
+    Pillow for the rest. Not torchvision for PNG of 16 bits, which Pillow cuts to 8: its
+    `decode_png` takes the whole process down on some damaged files. torchvision's image codecs
+    are deprecated from 0.29 on in favour of torchcodec: replace `_torchvision_jpeg` then.
     """
     if not data:
         raise UnusableImage("empty file")
@@ -92,12 +93,7 @@ def _decode_bytes(data: bytes) -> torch.Tensor:
         return _pixels_of_pillow(_open_pillow(data))
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         _check_png(data)
-        width, height, bits = struct.unpack_from(">IIB", data, 16)
-        _check_size(width, height)
-        if bits == 16:
-            samples = decode_png(_as_tensor(data), mode=ImageReadMode.UNCHANGED).numpy()
-            colours = samples[:3] if len(samples) >= 3 else samples[:1]
-            return _three_channels(_to_8_bits(colours).transpose(1, 2, 0))
+        _check_size(*struct.unpack_from(">II", data, 16))
     elif data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         if 8 + struct.unpack_from("<I", data, 4)[0] > len(data):
             raise UnusableImage("truncated WebP")
@@ -106,8 +102,11 @@ def _decode_bytes(data: bytes) -> torch.Tensor:
     image: Any = _open_pillow(data)
     if image.format == "TIFF":
         _check_tiff_data(image, len(data))
-        if set(_values(image.tag_v2, 258)) == {16} and image.mode in ("RGB", "RGBA"):
-            return _three_channels(_tiff_of_16_bits(data, image))
+        deep = set(_values(image.tag_v2, 258)) == {16}
+    else:
+        deep = image.format == "PNG" and data[24] == 16
+    if deep and image.mode in ("RGB", "RGBA"):
+        return _three_channels(_colours_of_16_bits(data, image))
     if image.format in ("BMP", "DIB"):
         _check_bmp(image, len(data))
     return _pixels_of_pillow(image)
@@ -260,8 +259,9 @@ def _check_size(width: int, height: int) -> None:
 def _pixels_of_pillow(image: Image.Image) -> torch.Tensor:
     """uint8 (3, H, W) of any image of Pillow; see `decode_image`."""
     mode = image.mode
-    if mode.startswith("I;16") or (mode == "I" and image.format == "PPM"):
-        # A PGM of more than 8 bits comes as mode I, which Pillow has scaled to 0..65535.
+    if mode.startswith("I;16") or (mode == "I" and image.format in ("PPM", "PNG")):
+        # A PGM of more than 8 bits comes as mode I, which Pillow has scaled to 0..65535, and with
+        # an older Pillow so does a grey PNG of 16 bits.
         samples = np.asarray(image).astype(np.int64)
         tags = getattr(image, "tag_v2", {})
         white = (1 << (_values(tags, 258) or (16,))[0]) - 1
@@ -277,8 +277,8 @@ def _pixels_of_pillow(image: Image.Image) -> torch.Tensor:
     return _three_channels(np.array(image.convert("RGB")))
 
 
-def _tiff_of_16_bits(data: bytes, image: Any) -> np.ndarray:
-    """uint8 (H, W, 3) of a colour TIFF of 16 bits a sample.
+def _colours_of_16_bits(data: bytes, image: Any) -> np.ndarray:
+    """uint8 (H, W, 3) of a PNG or TIFF in colour, or in grey with alpha, of 16 bits a sample.
 
     Pillow keeps the high byte of each sample only. Decoding once more with the byte order turned
     round gives the low bytes. Where Pillow has no such reading (planes apart, premultiplied
@@ -286,21 +286,27 @@ def _tiff_of_16_bits(data: bytes, image: Any) -> np.ndarray:
     """
     turned = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}
     second: Any = _open_pillow(data)
-    high = np.array(image)[:, :, :3]
-    tiles = []
+    tiles, grey = [], False
     for tile in second.tile:
         codec, extents, offset, arguments = tile
         mode, *rest = (arguments,) if isinstance(arguments, str) else arguments
-        if not re.fullmatch(r"RGB[AX]?;16[LBN]", mode):
-            return high
-        turned_tile = (codec, extents, offset, (mode[:-1] + turned[mode[-1]], *rest))
+        if mode == "LA;16B":  # four bytes a pixel: grey high, grey low, alpha high, alpha low
+            mode, grey = "RGBA", True
+        elif re.fullmatch(r"RGB[AX]?;16[LBN]", mode):
+            mode = mode[:-1] + turned[mode[-1]]
+        else:
+            return np.array(image)[:, :, :3]
+        arguments = mode if isinstance(arguments, str) else (mode, *rest)
+        turned_tile = (codec, extents, offset, arguments)
         tiles.append(type(tile)(*turned_tile) if hasattr(tile, "_fields") else turned_tile)
     second.tile = tiles
     try:
-        low = np.array(second)[:, :, :3]
+        low = np.array(second).astype(np.int32)
     except ValueError:  # "unknown raw mode for given image mode"
-        return high
-    return _to_8_bits(high.astype(np.int32) * 256 + low)
+        return np.array(image)[:, :, :3]
+    if grey:
+        return _to_8_bits(low[:, :, :1] * 256 + low[:, :, 1:2])
+    return _to_8_bits(np.array(image)[:, :, :3] * np.int32(256) + low[:, :, :3])
 
 
 def _to_8_bits(samples: np.ndarray, white: int = 65535) -> np.ndarray:

@@ -34,8 +34,8 @@ from tokdiv.errors import RunError, UsageError
 from tokdiv.ranking import Ranking, eligible_teachers, make_ranking, open_run
 from tokdiv.scores import MEASURES, Scores, ScoreTable
 from tokdiv.similarity import pooled_similarity, token_similarity
-from tokdiv.spec import CUSTOM, TeacherSpec, parse_specs
-from tokdiv.teacher import Teacher, load_teacher
+from tokdiv.spec import CUSTOM, TeacherSpec
+from tokdiv.teacher import Teacher, load_teachers
 
 MEAN_IMAGES = 256  # usable images that the mean token of `centred_similarity` is taken from
 SAVE_SECONDS = 20  # between two stores of the scores: less than half a minute of work can be lost
@@ -194,27 +194,14 @@ def _load(
     group: Processes,
 ) -> list[Teacher]:
     """Every teacher on its device; K = 1 is an error, as no pair of tokens exists."""
-    named: list[TeacherSpec | Teacher] = []
-    for teacher in teachers:
-        named.extend([teacher] if isinstance(teacher, Teacher) else parse_specs([teacher]))
-    parse_specs(
-        [t.spec if isinstance(t, Teacher) else t for t in named]
-    )  # labels unique over both kinds
     images = min(settings.max_images or ENDLESS, source.count or ENDLESS)
     compiled = settings.compile == "on" or (
         settings.compile == "auto"
         and group.device.type == "cuda"
         and images >= COMPILE_IMAGES * group.world
     )
-    loaded = []
-    for item in tqdm(
-        named, desc="loading", unit="teacher", disable=None if group.rank == 0 else True
-    ):
-        teacher = (
-            item
-            if isinstance(item, Teacher)
-            else load_teacher(item, image_size=settings.image_size)
-        )
+    loaded = load_teachers(teachers, image_size=settings.image_size)
+    for teacher in loaded:
         if teacher.num_tokens < 2:
             raise UsageError(
                 f"{teacher.name} gives K = 1 token at {teacher.size} px: token similarity is undefined; "
@@ -223,7 +210,7 @@ def _load(
         if teacher.spec.architecture == CUSTOM:
             digest = _state_sha256(teacher.module)
             teacher.spec = dataclasses.replace(teacher.spec, sha256=digest, size=teacher.size)
-        loaded.append(teacher.prepare(group.device, settings.dtype, compiled))
+        teacher.prepare(group.device, settings.dtype, compiled)
     return loaded
 
 

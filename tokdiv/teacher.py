@@ -3,13 +3,15 @@
 import dataclasses
 import importlib.util
 import inspect
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from tokdiv.classical import PATCH, Hog, Pixels
 from tokdiv.errors import UsageError
@@ -125,11 +127,38 @@ class Teacher(nn.Module):
                 f"a teacher takes uint8 images of shape (B, 3, H, W), got {images.dtype} of shape "
                 f"{tuple(images.shape)}"
             )
-        layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        pixels = images.to(torch.float32, memory_format=layout).sub_(self.mean).div_(self.std)
         with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            output = (self._compiled or self._features)(pixels)
+            output = (self._compiled or self._features)(self._normalised(images))
         return output.flatten(2).transpose(1, 2) if output.ndim == 4 else output
+
+    @torch.no_grad()
+    def blocks(self, images: Tensor) -> list[Tensor]:
+        """Tokens of every block or stage, from one forward pass; no final norm is applied.
+
+        Args:
+            images: as `forward` takes them.
+
+        Returns:
+            One (B, K, C) a block, in order of depth; K and C may differ between them.
+
+        Raises:
+            UsageError: a network that timm did not make, whose blocks are unknown.
+        """
+        if self.spec.architecture in HANDCRAFTED:
+            return [self(images)]
+        if self.spec.architecture == CUSTOM:
+            raise UsageError(
+                f"{self.name}: the blocks of a module of your own are unknown; name a timm network"
+            )
+        with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            planes = self.module.forward_intermediates(  # type: ignore[operator]
+                self._normalised(images), output_fmt="NCHW", intermediates_only=True
+            )
+        return [plane.flatten(2).transpose(1, 2) for plane in planes]
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        return images.to(torch.float32, memory_format=layout).sub_(self.mean).div_(self.std)
 
     def _features(self, images: Tensor) -> Tensor:
         return self._tokens_of(self.module, images)
@@ -259,6 +288,31 @@ def teacher_from_file(reference: str) -> Teacher:
             f"--teacher-module {reference} returned {type(teacher).__name__}, not a tokdiv.Teacher"
         )
     return teacher
+
+
+def load_teachers(
+    teachers: Sequence[str | TeacherSpec | Teacher],
+    *,
+    image_size: int | Literal["native"] | None = None,
+) -> list[Teacher]:
+    """Load several teachers, with a progress bar; Teachers made in code are taken as they are.
+
+    Raises:
+        UsageError: as `load_teacher`; also where two have the same label, or none is given.
+    """
+    named: list[TeacherSpec | Teacher] = []
+    for teacher in teachers:
+        named.extend([teacher] if isinstance(teacher, Teacher) else parse_specs([teacher]))
+    parse_specs(
+        [item.spec if isinstance(item, Teacher) else item for item in named]
+    )  # labels are unique
+    first = int(os.environ.get("RANK", 0)) == 0
+    loaded = []
+    for item in tqdm(named, desc="loading", unit="teacher", disable=None if first else True):
+        loaded.append(
+            item if isinstance(item, Teacher) else load_teacher(item, image_size=image_size)
+        )
+    return loaded
 
 
 def complete(spec: TeacherSpec) -> TeacherSpec:
