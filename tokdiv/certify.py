@@ -54,6 +54,7 @@ NEVER = np.iinfo(np.int64).max
 
 
 Columns = np.ndarray | slice
+State = Literal["decided", "tie", "open"]
 
 # The two classes below take centred values, x = v - 1/2 in [-1/2, 1/2]: 1 - v is -x, and the paired
 # differences of equal teachers sum to an exact 0. Columns are sequences of their own, side by side;
@@ -319,8 +320,8 @@ def _mean_of_unseen(
 
 
 def _shrunk_mean(total: np.ndarray, seen: int) -> np.ndarray:
-    """Mean of v, in (0, 1), from the sum of x, as if one more image at 1/2 had been seen."""
-    return 0.5 + total / (seen + 1)
+    """Mean of v, in (0, 1), from the sum of x, as if half an image at 1/2 had been seen."""
+    return 0.5 + total / (seen + 0.5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -376,7 +377,7 @@ def confidence_sequence(
         raise UsageError(f"alpha is {alpha}: expected a number between 0 and 1")
     _check_range(lower, upper)
     _check_population(population, len(values))
-    columns = _checked(values.reshape(len(values), -1), lower, upper, 0)
+    columns = _checked(values[:, None] if values.ndim == 1 else values, lower, upper, 0)
     num_images, num_columns = columns.shape
     counts = np.arange(1, num_images + 1) if times is None else np.asarray(times, np.int64)
     if len(counts) and (counts[0] < 1 or counts[-1] > num_images or (np.diff(counts) <= 0).any()):
@@ -460,7 +461,7 @@ class Pair:
 
     first: int
     second: int
-    state: Literal["decided", "tie", "open"]
+    state: State
     gap: float
     low: float
     high: float
@@ -647,16 +648,25 @@ class OrderCertifier:
         evidence = np.clip(evidence, 0, MAX_EVIDENCE)
         more = self._more_images((direction != 0) | tied)
         pairs = []
-        for i, (left, right) in enumerate(zip(self.left.tolist(), self.right.tolist())):
-            values = [float(value) * self.scale for value in (gap[i], low[i], high[i])]
+        for i in range(num_pairs):
+            first, second, sign = self.left[i], self.right[i], self.scale
             if direction[i] < 0 or (direction[i] == 0 and gap[i] < 0):
-                left, right = right, left
-                values = [-values[0], -values[2], -values[1]]
-            state: Literal["decided", "tie", "open"] = "tie" if tied[i] else "open"
-            if direction[i] != 0:
-                state = "decided"
-            images = int(self.pair_usable[i])
-            pairs.append(Pair(left, right, state, *values, float(evidence[i]), images, more[i]))
+                first, second, sign = second, first, -self.scale
+            bounds = sorted((sign * low[i], sign * high[i]))
+            state: State = "decided" if direction[i] else "tie" if tied[i] else "open"
+            pairs.append(
+                Pair(
+                    first=int(first),
+                    second=int(second),
+                    state=state,
+                    gap=float(sign * gap[i]) + 0.0,  # no -0.0
+                    low=float(bounds[0]),
+                    high=float(bounds[1]),
+                    evidence=float(evidence[i]),
+                    images=int(self.pair_usable[i]),
+                    more_images=more[i],
+                )
+            )
         return Certificate(
             pairs=tuple(pairs),
             order=self._order(pairs),

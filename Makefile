@@ -1,0 +1,42 @@
+# make run   set up .venv and do the main job on the images that ship with the project
+# make test  the test suite          make lint  ruff and mypy          make bench  the benchmarks
+PYTHON ?= python3
+BIN := .venv/bin
+SAMPLES := tokdiv/samples/images
+OUT := runs/sample
+
+.PHONY: run test lint bench clean
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+.venv/installed-dev: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+run: .venv/installed
+	$(BIN)/tokdiv rank $(SAMPLES) -t pixels,hog -t resnet50=timm:resnet50@random \
+		-t vit_small=timm:vit_small_patch16_224@random -o $(OUT)/ranking
+	$(BIN)/tokdiv maps $(SAMPLES)/astronaut_face.jpg $(SAMPLES)/cat_portrait.jpg -t pixels,hog \
+		-t resnet50=timm:resnet50@random -t vit_small=timm:vit_small_patch16_224@random -o $(OUT)/maps.png
+	@echo "ranking: $(OUT)/ranking/ranking.csv"
+	@echo "figure:  $(OUT)/ranking/similarity.png"
+	@echo "maps:    $(OUT)/maps.png"
+
+test: .venv/installed-dev
+	$(BIN)/python -m pytest
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: .venv/installed-dev
+	$(BIN)/python benchmarks/rank_throughput.py
+	$(BIN)/python benchmarks/precision.py
+	$(BIN)/python benchmarks/certify.py
+
+clean:
+	rm -rf .venv runs build dist *.egg-info

@@ -1,0 +1,200 @@
+"""LARS against hand computation, L-BFGS against the optimum's conditions, the probe end to end."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import scipy.optimize
+import torch
+from scipy.special import logsumexp
+
+from img2vec.evaluate import probe
+from img2vec.evaluate.augment import crop_and_flip, seeded, training_batches
+from img2vec.evaluate.labelled import open_labelled
+from img2vec.evaluate.optimization import Lars, learning_rate
+from img2vec.evaluate.probe import accuracy, batchnorm_linear, logistic_regression
+from tokdiv.errors import UsageError
+
+
+def test_lars_takes_the_step_of_its_formula():
+    weight = torch.nn.Parameter(torch.tensor([[3.0, 0.0], [0.0, 4.0]]))  # norm 5
+    bias = torch.nn.Parameter(torch.tensor([1.0, -1.0]))
+    optimizer = Lars([weight, bias], lr=0.5, weight_decay=0.1, momentum=0.9, trust=0.01)
+    # First step. The decayed gradient is (0.3+0.7, 2; 0, 0.4-0.4) = (1, 2; 0, 0), of norm sqrt(5).
+    weight.grad = torch.tensor([[0.7, 2.0], [0.0, -0.4]])
+    bias.grad = torch.tensor([0.2, 0.4])
+    optimizer.step()
+    scale = 0.01 * 5 / math.sqrt(5)
+    velocity = scale * torch.tensor([[1.0, 2.0], [0.0, 0.0]])
+    expected = torch.tensor([[3.0, 0.0], [0.0, 4.0]]) - 0.5 * velocity
+    torch.testing.assert_close(weight.data, expected)
+    torch.testing.assert_close(bias.data, torch.tensor([0.9, -1.2]))  # no decay, no scale
+    # Second step, at another learning rate: the velocity does not hold the first one.
+    optimizer.param_groups[0]["lr"] = 0.25
+    weight.grad = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    bias.grad = torch.tensor([0.0, 0.0])
+    decayed = weight.grad + 0.1 * expected
+    scale = 0.01 * float(expected.norm()) / float(decayed.norm())
+    optimizer.step()
+    torch.testing.assert_close(weight.data, expected - 0.25 * (0.9 * velocity + scale * decayed))
+    torch.testing.assert_close(
+        bias.data, torch.tensor([0.9 - 0.25 * 0.9 * 0.2, -1.2 - 0.25 * 0.9 * 0.4])
+    )
+
+
+def test_lars_scales_nothing_where_a_norm_is_zero():
+    weight = torch.nn.Parameter(torch.zeros(2, 2))
+    optimizer = Lars([weight], lr=1.0)
+    weight.grad = torch.ones(2, 2)
+    optimizer.step()
+    torch.testing.assert_close(weight.data, -torch.ones(2, 2))
+
+
+def test_learning_rate_rises_in_a_line_and_falls_in_a_cosine():
+    def rate(epoch):
+        return learning_rate(epoch, peak=2.0, epochs=90, warmup_epochs=10, lowest=0.2)
+
+    assert rate(0) == 0
+    assert rate(5) == pytest.approx(1.0)
+    assert rate(10) == pytest.approx(2.0)
+    assert rate(50) == pytest.approx(1.1)  # half way down
+    assert rate(90) == pytest.approx(0.2)
+    assert learning_rate(0, peak=2.0, epochs=3, warmup_epochs=0) == 2.0
+    assert learning_rate(0.5, peak=2.0, epochs=1, warmup_epochs=1) == 1.0
+
+
+@pytest.mark.parametrize("penalty", [1e-3, 0.3])
+def test_lbfgs_finds_the_optimum_that_scipy_finds(penalty):
+    generator = np.random.default_rng(0)
+    N, C, num_classes = 60, 5, 3
+    features = generator.normal(size=(N, C))
+    labels = generator.integers(num_classes, size=N)
+
+    def objective(vector):
+        weight, bias = vector[: num_classes * C].reshape(num_classes, C), vector[num_classes * C :]
+        logits = features @ weight.T + bias
+        losses = logsumexp(logits, axis=1) - logits[np.arange(N), labels]
+        return losses.mean() + penalty / 2 * (weight**2).sum()
+
+    best = scipy.optimize.minimize(
+        objective, np.zeros(num_classes * (C + 1)), options={"gtol": 1e-7}
+    )
+    weight, bias, gradient = logistic_regression(
+        torch.from_numpy(features), torch.from_numpy(labels), num_classes, penalty
+    )
+    found = np.concatenate([weight.numpy().ravel(), bias.numpy()])
+    assert objective(found) <= best.fun + 1e-10
+    np.testing.assert_allclose(weight.numpy().ravel(), best.x[: num_classes * C], atol=1e-4)
+    # The same gradient by central differences: none is left.
+    step = 1e-5
+    differences = [
+        (objective(found + step * unit) - objective(found - step * unit)) / (2 * step)
+        for unit in np.eye(len(found))
+    ]
+    assert np.abs(differences).max() < 1e-6
+    assert gradient < 1e-6
+
+
+def test_classifier_normalises_without_parameters_of_its_own():
+    classifier = batchnorm_linear(8, 3, seed=0)
+    assert [tuple(p.shape) for p in classifier.parameters()] == [(3, 8), (3,)]
+    assert classifier[0].eps == 1e-6
+    assert torch.equal(classifier[1].weight, batchnorm_linear(8, 3, seed=0)[1].weight)
+
+
+def test_accuracy_counts_the_first_and_the_first_five():
+    logits = torch.tensor([[9.0, 5, 4, 3, 2, 1], [1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1]])
+    assert accuracy(logits, torch.tensor([0, 0, 4])) == {"top1": 1 / 3, "top5": 2 / 3}
+    assert accuracy(logits[:, :4], torch.tensor([0, 0, 0])) == {"top1": 2 / 3}
+
+
+def test_augmentation_is_of_seed_epoch_and_place_alone(pictures):
+    train, _ = open_labelled(*pictures)
+
+    def images(seed, workers, batch_size, first_epoch=0):
+        found = {}
+        for batch in training_batches(
+            train,
+            crop_and_flip(32),
+            32,
+            batch_size=batch_size,
+            first_epoch=first_epoch,
+            epochs=2,
+            seed=seed,
+            workers=workers,
+        ):
+            for row, image in zip(batch.rows.tolist(), batch.images):
+                found[batch.epoch, row] = image
+        return found
+
+    before = torch.get_rng_state()
+    first, again = images(0, 0, 10), images(0, 2, 25)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert len(first) == 2 * 50 - 2  # one is damaged
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    resumed = images(0, 0, 10, first_epoch=1)
+    assert all(torch.equal(first[key], image) for key, image in resumed.items())
+    row = next(row for epoch, row in first if epoch == 0)
+    assert not torch.equal(first[0, row], first[1, row])
+    assert not torch.equal(first[0, row], images(1, 0, 10)[0, row])
+
+
+def test_seeding_puts_the_generators_back():
+    import random
+
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)  # noqa: NPY002
+    expected = random.random(), np.random.rand(), torch.rand(1)  # noqa: NPY002
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)  # noqa: NPY002
+    with seeded(5):
+        inside = random.random(), np.random.rand(), torch.rand(1)  # noqa: NPY002
+    assert (random.random(), np.random.rand(), torch.rand(1)) == expected  # noqa: NPY002
+    with seeded(5):
+        assert (random.random(), np.random.rand(), torch.rand(1)) == inside  # noqa: NPY002
+
+
+def test_lbfgs_probe_classifies_and_reports_its_penalty_and_gradient(pictures, tiny, tmp_path):
+    results = probe(tiny, *pictures, tmp_path, solver="lbfgs")
+    assert results.metrics["top1"] > 0.8
+    assert results.settings["penalty"] in (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+    assert results.settings["gradient_norm"] < 1e-6
+    assert results.data["train"] | {"name": "", "fingerprint": ""} == {
+        "name": "",
+        "fingerprint": "",
+        "images": 49,
+        "skipped": 1,
+    }
+    assert json.loads((tmp_path / "results.json").read_text())["metrics"] == results.metrics
+    given = probe(tiny, *pictures, solver="lbfgs", penalty=0.01)
+    assert given.settings["penalty"] == 0.01
+
+
+def test_lars_probe_learns_alike_with_and_without_worker_processes(pictures, tiny, tmp_path):
+    options = {"epochs": 30, "batch_size": 10, "warmup_epochs": 3, "lr": 6.0}
+    results = probe(tiny, *pictures, tmp_path, **options, workers=1)
+    assert results.notes == []
+    assert results.history[-1]["loss"] < 0.7 * results.history[0]["loss"]
+    assert results.metrics["top1"] > 0.6
+    assert results.data["train"]["skipped"] == 1
+    again = probe(tiny, *pictures, **options, workers=0)
+    assert again.history == results.history
+
+
+def test_a_recipe_that_cannot_train_on_so_few_images_is_said(pictures, tiny):
+    results = probe(tiny, *pictures, epochs=1, workers=0)
+    assert results.settings["lr"] == pytest.approx(0.1 * 50 / 256)
+    assert results.notes[0] == "batch of 50: the training images are fewer than 16384"
+    assert "leaves it untrained: give --epochs" in results.notes[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"solver": "sgd"}, "--solver sgd: expected one of lars, lbfgs"),
+        ({"epochs": 0}, "--epochs 0: expected a number above 0"),
+        ({"solver": "lbfgs", "penalty": -1.0}, "--penalty -1.0: expected 0 or more"),
+    ],
+)
+def test_mistakes_in_the_call_are_named(pictures, tiny, options, message):
+    with pytest.raises(UsageError, match=message):
+        probe(tiny, *pictures, **options)

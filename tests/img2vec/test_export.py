@@ -1,0 +1,193 @@
+"""The export: what timm reads back is the student, or nothing is left behind."""
+
+import json
+from pathlib import Path
+
+import pytest
+import safetensors
+import timm
+import torch
+
+from img2vec.export import WEIGHTS, export, export_student, read_student
+from tokdiv.errors import RunError, UsageError
+
+ARCHITECTURE = "vit_tiny_patch16_224"
+ARGUMENTS = {"depth": 2, "embed_dim": 32, "num_heads": 2}
+INPUT = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.25, 0.3)}
+
+
+def student(size: int = 32, **changes) -> torch.nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return timm.create_model(
+            ARCHITECTURE, num_classes=0, img_size=size, **{**ARGUMENTS, **changes}
+        ).eval()
+
+
+def write(model: torch.nn.Module, out: Path, size: int = 32, **options) -> Path:
+    return export_student(
+        model.state_dict(),
+        ARCHITECTURE,
+        out,
+        **{"model_args": ARGUMENTS, "input_size": size, **INPUT, **options},
+    )
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def test_timm_loads_the_folder_with_the_same_features_to_the_bit(tmp_path, images):
+    model = student()
+    out = write(model, tmp_path / "student", description={"teacher": "dino_resnet50"})
+    loaded = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    assert torch.equal(loaded(images), model(images))
+    assert torch.equal(loaded.forward_features(images), model.forward_features(images))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["student"]
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", WEIGHTS]
+    config = json.loads((out / "config.json").read_text())
+    assert config["img2vec"] == {"teacher": "dino_resnet50"}
+    with safetensors.safe_open(out / WEIGHTS, "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert set(file.keys()) == set(model.state_dict())
+
+
+def test_timm_loads_it_with_a_new_classifier_another_size_or_by_path(tmp_path, images):
+    model = student()
+    out = write(model, tmp_path / "student")
+    classifier = timm.create_model(f"local-dir:{out}", pretrained=True, num_classes=10).eval()
+    assert classifier(images).shape == (3, 10)
+    assert torch.equal(classifier.blocks[0].attn.qkv.weight, model.blocks[0].attn.qkv.weight)
+    larger = timm.create_model(f"local-dir:{out}", pretrained=True, img_size=64)
+    assert larger.pos_embed.shape == (1, 17, 32)
+    by_path = timm.create_model(
+        ARCHITECTURE, num_classes=0, img_size=32, checkpoint_path=str(out / WEIGHTS), **ARGUMENTS
+    ).eval()
+    assert torch.equal(by_path(images), model(images))
+
+
+def test_timms_transforms_follow_the_students_input(tmp_path):
+    out = write(student(), tmp_path / "student")
+    loaded = timm.create_model(f"local-dir:{out}", pretrained=True)
+    data = timm.data.resolve_model_data_config(loaded)
+    assert data["input_size"] == (3, 32, 32)
+    assert tuple(data["mean"]) == INPUT["mean"]
+    assert tuple(data["std"]) == INPUT["std"]
+    assert data["interpolation"] == "bicubic"
+    assert data["crop_pct"] == 0.875
+
+
+def test_the_folder_reads_as_timms_own_does(tmp_path, images):
+    """The same loader takes what timm's own `save_for_hf` writes for the same model."""
+    model = student()
+    out = write(model, tmp_path / "student")
+    timm.models.save_for_hf(model, str(tmp_path / "timms"), safe_serialization=True)
+    own = json.loads((tmp_path / "timms" / "config.json").read_text())
+    ours = json.loads((out / "config.json").read_text())
+    assert set(ours) - {"img2vec"} <= {*own, "model_args"}
+    assert set(ours["pretrained_cfg"]) <= {*own["pretrained_cfg"], "pool_size", "tag"}
+    for key in ("architecture", "num_classes", "num_features"):
+        assert ours[key] == own[key]
+
+
+def test_half_precision_and_non_contiguous_weights_are_stored_as_float32(tmp_path):
+    model = student()
+    state = {key: value.half() for key, value in model.state_dict().items()}
+    state["blocks.0.attn.qkv.weight"] = state["blocks.0.attn.qkv.weight"].T.contiguous().T
+    out = export_student(
+        state, ARCHITECTURE, tmp_path / "s", model_args=ARGUMENTS, input_size=32, **INPUT
+    )
+    stored = read_student(out)["state_dict"]
+    assert {value.dtype for value in stored.values()} == {torch.float32}
+    assert torch.equal(
+        stored["blocks.0.attn.qkv.weight"], state["blocks.0.attn.qkv.weight"].float()
+    )
+
+
+def test_exporting_again_replaces_the_folder(tmp_path, images):
+    write(student(), tmp_path / "student")
+    other = student()
+    torch.nn.init.zeros_(other.norm.weight)
+    out = write(other, tmp_path / "student")
+    assert torch.equal(
+        timm.create_model(f"local-dir:{out}", pretrained=True).norm.weight, other.norm.weight
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("norm.weight"), "missing norm.weight"),
+        (lambda state: state.update(mask_token=torch.zeros(1)), "unexpected mask_token"),
+        (lambda state: state.update(cls_token=torch.zeros(1, 1, 8)), r"cls_token is \(1, 1, 8\)"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_before_anything_is_written(tmp_path, change, message):
+    state = dict(student().state_dict())
+    change(state)
+    with pytest.raises(UsageError, match=f"the weights do not fit {ARCHITECTURE}: {message}"):
+        export_student(
+            state, ARCHITECTURE, tmp_path / "s", model_args=ARGUMENTS, input_size=32, **INPUT
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_are_not_finite_leave_the_older_export_in_place(tmp_path, images):
+    good = student()
+    out = write(good, tmp_path / "student")
+    broken = student()
+    broken.blocks[0].mlp.fc1.weight.data[0, 0] = float("nan")
+    with pytest.raises(RunError, match="was not kept"):
+        write(broken, out)
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]
+    assert torch.equal(
+        timm.create_model(f"local-dir:{out}", pretrained=True).eval()(images), good(images)
+    )
+
+
+def test_unknown_architectures_and_arguments_are_named(tmp_path):
+    with pytest.raises(UsageError, match="has no architecture 'vit_none'"):
+        export_student({}, "vit_none", tmp_path / "s", input_size=32, **INPUT)
+    with pytest.raises(UsageError, match="cannot make vit_tiny_patch16_224"):
+        write(student(), tmp_path / "s", model_args={**ARGUMENTS, "width": 3})
+    with pytest.raises(UsageError, match=r"config.json takes numbers, texts, lists and tables"):
+        write(student(), tmp_path / "s", description={"a": torch.zeros(1)})
+
+
+def test_export_leaves_the_generators_alone(tmp_path):
+    state = torch.get_rng_state()
+    write(student(), tmp_path / "student")
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_export_copies_a_run_or_its_student_folder(tmp_path, images):
+    model = student()
+    write(model, tmp_path / "run" / "student", description={"epochs": 3})
+    for source in ("run", "run/student"):
+        out = export(tmp_path / source, tmp_path / "copies" / source.replace("/", "_"))
+        loaded = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+        assert torch.equal(loaded(images), model(images))
+        assert json.loads((out / "config.json").read_text())["img2vec"] == {"epochs": 3}
+
+
+def test_export_refuses_to_write_over_its_source_or_over_something_else(tmp_path):
+    write(student(), tmp_path / "run" / "student")
+    for out in ("run", "run/student", "."):
+        with pytest.raises(UsageError, match="is where the student is read from"):
+            export(tmp_path / "run", tmp_path / out)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "thesis.txt").write_text("a year of work")
+    with pytest.raises(UsageError, match="exists and is no exported student"):
+        export(tmp_path / "run", tmp_path / "notes")
+    assert (tmp_path / "notes" / "thesis.txt").read_text() == "a year of work"
+
+
+def test_export_names_a_source_that_holds_no_student(tmp_path):
+    with pytest.raises(UsageError, match="no such file or folder; expected OUT"):
+        export(tmp_path / "none", tmp_path / "s")
+    folder = write(student(), tmp_path / "student")
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(UsageError, match="is no timm configuration"):
+        export(folder, tmp_path / "s")
