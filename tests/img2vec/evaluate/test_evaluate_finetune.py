@@ -7,12 +7,13 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from img2vec.evaluate import finetune, knn, load_encoder
 from img2vec.evaluate import finetune as finetune_command
-from img2vec.evaluate.augment import TrainingBatch
+from img2vec.evaluate.augment import TrainingBatch, randaugment
 from img2vec.evaluate.classifier import build_classifier, parameter_groups
-from img2vec.evaluate.finetune import Recipe, _accumulate, _mixing, training_transform
+from img2vec.evaluate.supervised import Recipe, accumulate_gradient, mixing_of
 from tokdiv.errors import UsageError
 
 FAST = {"epochs": 2, "batch_size": 16, "warmup_epochs": 1, "workers": 0, "dtype": "float32"}
@@ -103,7 +104,9 @@ def test_small_forward_passes_add_up_to_the_gradient_of_the_whole_batch(tiny):
     F.cross_entropy(twin(images), labels, label_smoothing=0.1).backward()
     for micro_batch_size in (6, 4, 1):
         network.zero_grad()
-        loss = _accumulate(network, batch, recipe(), None, micro_batch_size, torch.device("cpu"))
+        loss = accumulate_gradient(
+            network, batch, recipe(), None, micro_batch_size, torch.device("cpu")
+        )
         for mine, expected in zip(network.parameters(), twin.parameters()):
             torch.testing.assert_close(mine.grad, expected.grad, rtol=1e-4, atol=1e-6)
         assert loss.item() == pytest.approx(
@@ -116,29 +119,48 @@ def test_a_batch_without_usable_images_moves_nothing(tiny):
     batch = TrainingBatch(
         0, 0, 1, torch.empty(0, 3, 32, 32), torch.empty(0).long(), torch.empty(0).long(), [3]
     )
-    loss = _accumulate(network, batch, recipe(), None, 4, torch.device("cpu"))
+    loss = accumulate_gradient(network, batch, recipe(), None, 4, torch.device("cpu"))
     assert loss == 0
     assert all(parameter.grad.abs().max() == 0 for parameter in network.parameters())
 
 
 def test_mixing_keeps_smoothed_targets_of_total_one():
-    mixing = _mixing(recipe(mixup=0.8, cutmix=1.0), num_classes=6)
+    mixing = mixing_of(recipe(mixup=0.8, cutmix=1.0), num_classes=6)
     _, targets = mixing(torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 3]))
     torch.testing.assert_close(targets.sum(dim=1), torch.ones(4))
     assert targets.min().item() == pytest.approx(0.1 / 6)
-    assert _mixing(recipe(), 6) is None
+    assert mixing_of(recipe(), 6) is None
+
+
+def pictures_transform(**changes):
+    options = {"auto_augment": "rand-m9-mstd0.5-inc1", "reprob": 0.25}
+    return randaugment(32, mean=(0.5,) * 3, std=(0.5,) * 3, **{**options, **changes})
 
 
 def test_training_pictures_are_augmented_as_the_recipe_says():
-    kinds = [
-        type(step).__name__
-        for step in training_transform(recipe(), (0.5,) * 3, (0.5,) * 3).transforms
-    ]
+    kinds = [type(step).__name__ for step in pictures_transform().transforms]
     assert "RandAugment" in kinds
     assert "RandomErasing" in kinds
     assert any(kind.startswith("RandomResizedCrop") for kind in kinds)
-    plain = training_transform(recipe(auto_augment="", reprob=0.0), (0.5,) * 3, (0.5,) * 3)
-    assert not {"RandAugment", "RandomErasing"} & {type(step).__name__ for step in plain.transforms}
+    plain = pictures_transform(auto_augment="", reprob=0.0).transforms
+    assert not {"RandAugment", "RandomErasing"} & {type(step).__name__ for step in plain}
+    with pytest.raises(UsageError, match="--auto-augment random: expected timm's notation"):
+        pictures_transform(auto_augment="random")
+
+
+def test_every_operation_takes_every_magnitude():
+    picture = Image.new("RGB", (40, 30), (200, 100, 50))
+    transform = pictures_transform()
+    operations = next(step for step in transform.transforms if hasattr(step, "ops")).ops
+    for operation in operations:
+        operation.prob, operation.magnitude_std = 1.0, 0
+        for magnitude in range(11):
+            operation.magnitude = magnitude
+            assert operation(picture).size == picture.size
+    posterize = next(one for one in operations if one.name.startswith("Posterize"))
+    assert posterize(picture).getpixel((0, 0)) == (0, 0, 0)  # magnitude 10 keeps no bit
+    posterize.magnitude = 5
+    assert posterize(picture).getpixel((0, 0)) == (192, 64, 0)  # and 5 keeps two
 
 
 def test_fine_tuning_learns_and_leaves_a_model_that_timm_loads(pictures, tiny, tmp_path):

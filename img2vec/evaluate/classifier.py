@@ -1,0 +1,87 @@
+"""A network of timm's with the weights of an evaluated model and a new classifier."""
+
+from typing import Any
+
+from torch import nn
+
+from tokdiv.errors import RunError, UsageError
+from tokdiv.spec import CUSTOM, HANDCRAFTED, Triple
+from tokdiv.teacher import Teacher
+
+RANDOM_START = 2e-5  # deviation of the classifier's first weights, as in MAE
+
+
+def build_classifier(
+    teacher: Teacher, num_classes: int, drop_path: float
+) -> tuple[nn.Module, dict[str, Any], list[str]]:
+    """A trainable network with the teacher's weights and a new classifier.
+
+    Returns:
+        The network; the timm arguments that make it again; the names of the layers that start untrained.
+
+    Raises:
+        UsageError: handcrafted features, a user's own module, or a network cut at a block.
+    """
+    import timm
+    from timm.models.vision_transformer import VisionTransformer
+
+    spec = teacher.spec
+    if spec.architecture in HANDCRAFTED or spec.architecture == CUSTOM or spec.block is not None:
+        what = "cut at a block" if spec.block is not None else f"'{spec.architecture}'"
+        raise UsageError(f"{teacher.name} is {what}: fine-tuning takes whole networks of timm's")
+    arguments = {k: v for k, v in spec.arguments.items() if k != "img_size"}
+    arguments["num_classes"] = num_classes
+    if isinstance(teacher.module, VisionTransformer):
+        arguments["global_pool"] = "avg"
+    attempts: list[dict[str, Any]] = [{"img_size": teacher.size}, {}]  # a ConvNet takes no img_size
+    for extra in attempts:
+        try:
+            network = timm.create_model(
+                spec.architecture, pretrained=False, drop_path_rate=drop_path, **extra, **arguments
+            )
+            break
+        except TypeError as error:
+            if "img_size" not in str(error):
+                raise UsageError(
+                    f"{spec.architecture} cannot be fine-tuned with --drop-path: {error}"
+                ) from None
+    weights = teacher.module.state_dict()
+    classifier = network.get_classifier()
+    if not isinstance(classifier, nn.Linear):
+        raise UsageError(f"{spec.architecture} has no linear classifier to fine-tune")
+    nn.init.trunc_normal_(classifier.weight, std=RANDOM_START)
+    nn.init.zeros_(classifier.bias)
+    missing, _ = network.load_state_dict(weights, strict=False)
+    fresh = sorted({name.rpartition(".")[0] for name in missing})
+    # The final norm of a ViT stays behind: it normalised tokens, and `fc_norm` their average.
+    if any(
+        name.startswith(("blocks.", "stages.", "layer", "patch_embed", "stem")) for name in fresh
+    ):
+        raise RunError(f"{teacher.name}: no weights for {', '.join(fresh)}")
+    return network, arguments, fresh
+
+
+def parameter_groups(
+    network: nn.Module, weight_decay: float, layer_decay: float
+) -> list[dict[str, Any]]:
+    """timm's groups with `lr_scale` = layer_decay ** (number of layers above), as in BEiT and MAE.
+
+    Biases, norms and the embeddings that timm names take no weight decay.
+    """
+    from timm.optim import param_groups_layer_decay
+
+    undecayed = network.no_weight_decay() if hasattr(network, "no_weight_decay") else ()  # type: ignore[operator]
+    return param_groups_layer_decay(
+        network,
+        weight_decay=weight_decay,
+        no_weight_decay_list=undecayed,
+        layer_decay=layer_decay,
+    )
+
+
+def mean_and_std(teacher: Teacher) -> tuple[Triple, Triple]:
+    """Of the RGB channels, in units of [0, 1]."""
+    mean, std = (
+        tuple((buffer.flatten() / 255).cpu().tolist()) for buffer in (teacher.mean, teacher.std)
+    )
+    return mean, std  # type: ignore[return-value]

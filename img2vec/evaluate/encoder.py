@@ -1,0 +1,127 @@
+"""The model to evaluate, whatever it is given as: always a frozen Teacher, so that one ruler fits all."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from img2vec.export import WEIGHTS, export_student, is_timm_folder, read_student
+from tokdiv.dist import choose_device, choose_dtype
+from tokdiv.errors import UsageError
+from tokdiv.spec import TeacherSpec
+from tokdiv.teacher import DTYPES, Teacher, load_teacher
+
+FEATURES = ("mean", "cls")
+
+
+def load_encoder(
+    model: str | Path | Teacher,
+    *,
+    feature: str = "mean",
+    image_size: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> Teacher:
+    """Load a model, frozen, in eval mode, for uint8 images.
+
+    Args:
+        model: OUT of a pretraining, an exported folder, a checkpoint, a SPEC, or a Teacher as it is.
+        feature: "mean" of the spatial tokens (a ViT's patch tokens after its final norm), or "cls", a
+            ViT's class token after it.
+        image_size: side of the view in pixels; None for a student's own, and 224 for a SPEC.
+        device: as `tokdiv.dist.choose_device` takes it.
+        dtype: "float32", "bfloat16" (autocast), or "auto": bfloat16 where the device has it natively.
+
+    Returns:
+        A Teacher whose tokens, averaged, are the features: with "cls" there is one token.
+
+    Raises:
+        UsageError: no such model, or one without class token.
+    """
+    if feature not in FEATURES:
+        raise UsageError(f"--feature {feature}: expected one of {', '.join(FEATURES)}")
+    place = choose_device(device)
+    number_format = precision(dtype, place)
+    if isinstance(model, Teacher):
+        if image_size not in (None, model.size):
+            raise UsageError(
+                f"{model.name} takes images of {model.size} px, not {image_size}: make the Teacher "
+                f"with size={image_size}"
+            )
+        teacher = model
+    else:
+        teacher = _load(model, image_size)
+    if feature == "cls":
+        teacher = _class_token(teacher)
+    return teacher.prepare(place, number_format)
+
+
+def _load(model: str | Path, image_size: int | None) -> Teacher:
+    path = Path(model).expanduser()
+    if not path.exists() or path.suffix == ".toml":
+        text = str(model)
+        if isinstance(model, Path) or (
+            os.sep in text and not text.startswith("timm:") and "=" not in text
+        ):
+            raise UsageError(
+                f"'{text}': no such file or folder; expected OUT of img2vec pretrain, an exported folder, a "
+                f"checkpoint, or a SPEC such as dino_resnet50"
+            )
+        return load_teacher(text, image_size=image_size)
+    for folder in (path, path / "student"):
+        if is_timm_folder(folder):
+            return _load_folder(folder, str(model), image_size)
+    # A checkpoint's student takes the same way as an exported one: it is exported, and checked so.
+    with tempfile.TemporaryDirectory(prefix="img2vec-") as temporary:
+        folder = export_student(**read_student(path), out=Path(temporary) / "student")
+        return _load_folder(folder, str(model), image_size)
+
+
+def _load_folder(folder: Path, name: str, image_size: int | None) -> Teacher:
+    student = read_student(folder)
+    arguments = {k: v for k, v in student["model_args"].items() if k != "img_size"}
+    spec = TeacherSpec(
+        name=name,
+        architecture=student["architecture"],
+        weights=str((folder / WEIGHTS).resolve()),
+        mean=student["mean"],
+        std=student["std"],
+        input_size=student["input_size"],
+        size=image_size or student["input_size"],
+        arguments=arguments,
+    )
+    return load_teacher(spec)
+
+
+def _class_token(teacher: Teacher) -> Teacher:
+    """The same network with its class token as the only token."""
+    network = teacher.module
+    if getattr(network, "cls_token", None) is None:
+        raise UsageError(f"{teacher.name} has no class token: use --feature mean")
+    block = teacher.spec.block
+
+    def tokens(module: nn.Module, images: Tensor) -> Tensor:
+        _, prefix = module.forward_intermediates(  # type: ignore[operator]
+            images,
+            indices=1 if block is None else [block],
+            return_prefix_tokens=True,
+            norm=bool(teacher.spec.norm),
+            output_fmt="NLC",
+            intermediates_only=True,
+            stop_early=True,
+        )[0]
+        return prefix[:, :1]
+
+    mean, std = (tuple((buffer.flatten() / 255).tolist()) for buffer in (teacher.mean, teacher.std))
+    return Teacher(
+        network, tokens, mean=mean, std=std, size=teacher.size, name=teacher.name, spec=teacher.spec
+    )
+
+
+def precision(dtype: str, device: torch.device) -> str:
+    """ "float32" or "bfloat16"; "auto" is bfloat16 where the device computes in it natively."""
+    if dtype not in ("auto", *DTYPES):
+        raise UsageError(f"--dtype {dtype}: expected auto, {' or '.join(DTYPES)}")
+    return choose_dtype(dtype, device)

@@ -1,0 +1,107 @@
+"""What an evaluation found, as files and as a short table."""
+
+import csv
+import io
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tokdiv.errors import RunError
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Results:
+    """An evaluation's outcome.
+
+    Attributes:
+        task: "knn", "probe" or "finetune".
+        model: as it was given.
+        metrics: accuracies in [0, 1] (top1, top5; with a k-NN top1_k20 and so on), and what else the
+            task measures.
+        settings: what was asked for and what was made of it.
+        data: train and val: name, fingerprint, images used and skipped; classes.
+        notes: what a reader must know, one line each.
+        history: one entry an epoch, where there are epochs.
+    """
+
+    task: str
+    model: str
+    metrics: dict[str, float]
+    settings: dict[str, Any]
+    data: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    def table(self) -> str:
+        """A few lines for the terminal: accuracies in percent, the data, the notes."""
+        width = max(len(name) for name in self.metrics)
+        train, val = self.data["train"], self.data["val"]
+        lines = [f"{self.task} of {self.model}"]
+        for name, value in self.metrics.items():
+            shown = f"{100 * value:6.2f} %" if name.startswith("top") else f"{value:8.4g}"
+            lines.append(f"  {name:<{width}}  {shown}")
+        skipped = train["skipped"] + val["skipped"]
+        lines.append(
+            f"  {val['images']:,} images, {self.data['classes']:,} classes; learned from "
+            f"{train['images']:,}" + (f"; {skipped:,} unusable" if skipped else "")
+        )
+        lines += [f"  note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+    def write(self, folder: str | Path) -> None:
+        """Write results.json and results.csv; each appears whole or not at all."""
+        folder = Path(folder)
+        content = {"schema": SCHEMA, **asdict(self)}
+        rows = io.StringIO()
+        writer = csv.writer(rows, lineterminator="\n")
+        common = {"task": self.task, "model": self.model, **self.settings, **_flat(self.data)}
+        writer.writerow(["metric", "value", *common])
+        for name, value in self.metrics.items():
+            writer.writerow([name, value, *(_cell(entry) for entry in common.values())])
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _replace(folder / "results.json", json.dumps(content, indent=2) + "\n")
+            _replace(folder / "results.csv", rows.getvalue())
+        except OSError as error:
+            raise RunError(f"cannot write to '{folder}': {error.strerror or error}") from None
+
+
+def describe_data(train: Any, val: Any, train_skipped: int, val_skipped: int) -> dict[str, Any]:
+    """The data of an evaluation, from two LabelledData and how many images of each are unusable."""
+
+    def side(data: Any, skipped: int) -> dict[str, Any]:
+        return {
+            "name": data.source.name,
+            "fingerprint": data.source.fingerprint,
+            "images": len(data) - skipped,
+            "skipped": skipped,
+        }
+
+    return {
+        "train": side(train, train_skipped),
+        "val": side(val, val_skipped),
+        "classes": train.num_classes,
+    }
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat.update(
+            _flat(value, f"{prefix}{key}_") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return flat
+
+
+def _cell(value: Any) -> Any:
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _replace(path: Path, text: str) -> None:
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)

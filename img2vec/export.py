@@ -1,0 +1,331 @@
+"""A student as a folder that timm loads: `model.safetensors` and `config.json`.
+
+    timm.create_model("local-dir:OUT/student", pretrained=True)                  # features
+    timm.create_model("local-dir:OUT/student", pretrained=True, num_classes=10)  # and a new classifier
+    timm.create_model("hf-hub:USER/NAME", pretrained=True)                       # once uploaded
+    timm.create_model(ARCHITECTURE, num_classes=0, checkpoint_path="OUT/student/model.safetensors")
+
+The folder has the format of timm's own `save_for_hf`. It is written here and not there, because timm
+would hand on what it knows of the architecture's own weights (their licence, origin and tag), and those
+are not the student's.
+"""
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from tokdiv.errors import RunError, UsageError
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+CROP = 224 / 256  # of the view that tokdiv measures on; timm calls it crop_pct
+TOLERANCE = 1e-5
+
+Triple = tuple[float, float, float]
+
+
+def export_student(
+    state_dict: Mapping[str, Tensor],
+    architecture: str,
+    out: str | Path,
+    *,
+    model_args: Mapping[str, Any] | None = None,
+    mean: Triple,
+    std: Triple,
+    input_size: int,
+    description: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write an encoder as a folder that timm loads, and check it by loading it.
+
+    Args:
+        state_dict: of the encoder alone, with timm's key names for `num_classes=0`.
+        architecture: timm's name.
+        out: the folder; where it exists already, it is replaced once the new one is whole.
+        model_args: further arguments of the architecture, of JSON types.
+        mean, std: that the input is normalised with, in units of [0, 1].
+        input_size: side of the input in pixels.
+        description: kept in config.json under "img2vec".
+
+    Returns:
+        The folder.
+
+    Raises:
+        UsageError: the weights do not fit the architecture.
+        RunError: what was written cannot be loaded, gives other features, or cannot be stored.
+    """
+    arguments = {**(model_args or {}), "num_classes": 0}
+    model = build(architecture, arguments, input_size)
+    load_whole(model, state_dict, architecture)
+    return save_model(
+        model,
+        architecture,
+        out,
+        model_args=arguments,
+        mean=mean,
+        std=std,
+        input_size=input_size,
+        description=description,
+    )
+
+
+def build(architecture: str, arguments: Mapping[str, Any], input_size: int) -> nn.Module:
+    """The architecture, untrained, in eval mode; the state of torch's generators stays as it was."""
+    import timm
+
+    if not timm.is_model(architecture):
+        raise UsageError(
+            f"timm {timm.__version__} has no architecture '{architecture}': install the timm that the "
+            f"student was pretrained with"
+        )
+    with torch.random.fork_rng(devices=[]):
+        try:
+            model = timm.create_model(
+                architecture, pretrained=False, **sized(architecture, arguments, input_size)
+            )
+        except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+            raise UsageError(
+                f"cannot make {architecture} with {dict(arguments)}: {error}"
+            ) from None
+    return model.eval()
+
+
+def sized(architecture: str, arguments: Mapping[str, Any], input_size: int) -> dict[str, Any]:
+    """The arguments, with `img_size` where the architecture is made for one other than `input_size`."""
+    import timm
+
+    default = timm.get_pretrained_cfg(architecture, allow_unregistered=True)
+    fixed = default is not None and default.fixed_input_size
+    native = default.input_size[-1] if default is not None else None
+    extra = {"img_size": input_size} if fixed and native != input_size else {}
+    return {**{k: v for k, v in arguments.items() if k != "img_size"}, **extra}
+
+
+def load_whole(model: nn.Module, state_dict: Mapping[str, Tensor], architecture: str) -> None:
+    """Load weights of which none is missing, left over or of another shape."""
+    wanted = model.state_dict()
+    problems = [f"missing {key}" for key in wanted if key not in state_dict]
+    problems += [f"unexpected {key}" for key in state_dict if key not in wanted]
+    problems += [
+        f"{key} is {tuple(value.shape)}, expected {tuple(wanted[key].shape)}"
+        for key, value in state_dict.items()
+        if key in wanted and value.shape != wanted[key].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise UsageError(
+            f"the weights do not fit {architecture}: {'; '.join(problems[:3])}{more}; the student's "
+            f"architecture and its arguments must be those that it was trained with"
+        )
+    model.load_state_dict({key: value.detach().cpu() for key, value in state_dict.items()})
+
+
+def save_model(
+    model: nn.Module,
+    architecture: str,
+    out: str | Path,
+    *,
+    model_args: Mapping[str, Any],
+    mean: Triple,
+    std: Triple,
+    input_size: int,
+    description: Mapping[str, Any] | None = None,
+    label_names: list[str] | None = None,
+) -> Path:
+    """Write a model of timm's, with or without a classifier; see `export_student`.
+
+    The folder is made beside `out` under a temporary name, checked there, and then renamed; an older
+    `out` is moved aside just before and deleted after.
+    """
+    out = Path(out)
+    model = model.eval()
+    config = _config(model, architecture, model_args, mean, std, input_size)
+    if label_names is not None:
+        config["label_names"] = label_names
+    if description:
+        config["img2vec"] = dict(description)
+    try:
+        text = json.dumps(config, indent=2) + "\n"
+    except TypeError as error:
+        raise UsageError(
+            f"config.json takes numbers, texts, lists and tables only: {error}"
+        ) from None
+    tensors = {
+        key: (value.float() if value.is_floating_point() else value).detach().cpu().contiguous()
+        for key, value in model.state_dict().items()
+    }
+    token = uuid.uuid4().hex[:8]
+    part, old = (out.with_name(f".{out.name}.{kind}-{token}") for kind in ("part", "old"))
+    try:
+        part.mkdir(parents=True)
+        # timm and transformers look for this entry of the metadata.
+        safetensors.torch.save_file(tensors, part / WEIGHTS, metadata={"format": "pt"})
+        (part / CONFIG).write_text(text, encoding="utf-8")
+        for name in (WEIGHTS, CONFIG):
+            _flush(part / name)
+        _check(part, model, input_size)
+        if out.exists():
+            out.rename(old)
+        part.rename(out)
+    except OSError as error:
+        raise RunError(f"cannot write '{out}': {error.strerror or error}") from None
+    finally:
+        if old.exists() and not out.exists():
+            old.rename(out)
+        for left in (part, old):
+            shutil.rmtree(left, ignore_errors=True)
+    return out
+
+
+def _config(
+    model: nn.Module,
+    architecture: str,
+    model_args: Mapping[str, Any],
+    mean: Triple,
+    std: Triple,
+    input_size: int,
+) -> dict[str, Any]:
+    known: dict[str, Any] = dict(getattr(model, "pretrained_cfg", None) or {})
+    num_classes = int(model_args.get("num_classes", 0))
+    arguments = {k: v for k, v in model_args.items() if k != "num_classes"}
+    return {
+        "architecture": architecture,
+        "num_classes": num_classes,
+        "num_features": int(model.num_features),  # type: ignore[arg-type]
+        "model_args": sized(architecture, arguments, input_size),
+        "pretrained_cfg": {
+            "tag": "img2vec",
+            "custom_load": False,
+            "input_size": [3, input_size, input_size],
+            "fixed_input_size": bool(known.get("fixed_input_size", False)),
+            "interpolation": "bicubic",
+            "crop_pct": CROP,
+            "crop_mode": "center",
+            "mean": list(mean),
+            "std": list(std),
+            "num_classes": num_classes,
+            "pool_size": None,
+            "first_conv": known.get("first_conv"),
+            "classifier": known.get("classifier"),
+        },
+    }
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+@torch.no_grad()
+def _check(folder: Path, model: nn.Module, input_size: int) -> None:
+    """The folder, loaded by timm as a user would, gives the features of the model."""
+    import timm
+
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, 3, input_size, input_size, generator=generator)
+    weight = next(model.parameters())
+    try:
+        with torch.random.fork_rng(devices=[]):
+            loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        expected = _outputs(model, images.to(weight.device, weight.dtype))
+        difference = (_outputs(loaded, images) - expected).abs().max().item()
+    except (RuntimeError, TypeError, ValueError, KeyError, AssertionError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RunError(f"timm cannot load the export: {reason}") from error
+    scale = max(1.0, expected.abs().max().item())
+    if not difference <= TOLERANCE * scale:  # also where it is not a number
+        raise RunError(
+            f"the export gives features that differ by {difference:.2g} from the student's (at most "
+            f"{TOLERANCE * scale:.2g} is rounding): it was not kept; weights that are not finite do this"
+        )
+
+
+def _outputs(model: nn.Module, images: Tensor) -> Tensor:
+    """All that a user sees of a model, in one vector: its tokens, and its features or logits."""
+    tokens = model.forward_features(images)  # type: ignore[operator]
+    return torch.cat([tokens.flatten(), model(images).flatten()]).float().cpu()
+
+
+def is_timm_folder(path: Path) -> bool:
+    """Whether it is a folder as written here (or by timm)."""
+    return (path / WEIGHTS).is_file() and (path / CONFIG).is_file()
+
+
+def read_student(path: str | Path) -> dict[str, Any]:
+    """A student as the keyword arguments of `export_student` (without `out`).
+
+    Args:
+        path: a folder of timm's format, OUT of a pretraining (its `student/`, else its last complete
+            checkpoint), or a checkpoint.
+
+    Raises:
+        UsageError: none of these.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise UsageError(
+            f"'{path}': no such file or folder; expected OUT of img2vec pretrain, its student/, or a "
+            f"checkpoint"
+        )
+    for folder in (path, path / "student"):
+        if is_timm_folder(folder):
+            return _read_timm_folder(folder)
+    from img2vec.checkpoint import student_from_checkpoint
+
+    return student_from_checkpoint(path)
+
+
+def _read_timm_folder(folder: Path) -> dict[str, Any]:
+    from tokdiv.weights import read_checkpoint
+
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        pretrained = config["pretrained_cfg"]
+        student = {
+            "architecture": str(config["architecture"]),
+            "model_args": dict(config.get("model_args") or {}),
+            "mean": _triple(pretrained["mean"]),
+            "std": _triple(pretrained["std"]),
+            "input_size": int(pretrained["input_size"][-1]),
+            "description": config.get("img2vec"),
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise UsageError(
+            f"'{folder / CONFIG}' is no timm configuration ({type(error).__name__}: {error})"
+        ) from None
+    tensors = read_checkpoint(folder / WEIGHTS)
+    if config.get("num_classes"):
+        names = pretrained.get("classifier") or "head"
+        prefixes = tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
+        tensors = {key: value for key, value in tensors.items() if not key.startswith(prefixes)}
+    return {"state_dict": tensors, **student}
+
+
+def _triple(values: Any) -> Triple:
+    red, green, blue = (float(value) for value in values)
+    return red, green, blue
+
+
+def export(source: str | Path, out: str | Path) -> Path:
+    """Write the student of a pretraining as a folder that timm loads.
+
+    Args:
+        source: see `read_student`.
+        out: the folder to write.
+
+    Raises:
+        UsageError: `source` holds no student, or `out` is where it lies or is in use.
+        RunError: see `export_student`.
+    """
+    origin, out = Path(source).expanduser().resolve(), Path(out).expanduser()
+    if out.resolve() in (origin, origin / "student") or out.resolve() in origin.parents:
+        raise UsageError(f"'{out}' is where the student is read from: give another folder with -o")
+    if out.exists() and not (out.is_dir() and (is_timm_folder(out) or not any(out.iterdir()))):
+        raise UsageError(f"'{out}' exists and is no exported student: give a new folder with -o")
+    return export_student(**read_student(source), out=out)
