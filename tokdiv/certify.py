@@ -15,7 +15,7 @@ once the sum of the unseen would have to be negative, mu is impossible and the c
 **An interval.** The capital falls as mu grows, so rejecting means leaving below: the smallest mu not
 yet rejected is a lower bound at all times at once, and its running maximum is one too. The upper
 bound is the same on 1 - v. Each side takes alpha / 2. This is the hedged capital of Waudby-Smith &
-Ramdas (JRSS-B 2024, arXiv 2010.09686, section 4; without replacement: NeurIPS 2020, arXiv
+Ramdas (JRSS-B 2024, arXiv 2010.09686, section 4, and 5 without replacement; NeurIPS 2020, arXiv
 2006.04347) with a mixture of constant bets in place of their plug-in bet: no time is lost on
 learning the variance.
 
@@ -51,7 +51,6 @@ ROUNDING = 1e-6  # scores this far outside their range are float32 rounding, and
 EXACT = 1e-12  # means of float64 sums are trusted to this part of the range
 MAX_EVIDENCE = 1000.0  # log10; also stands for a mean that the images seen rule out with certainty
 NEVER = np.iinfo(np.int64).max
-
 
 Columns = np.ndarray | slice
 State = Literal["decided", "tie", "open"]
@@ -167,10 +166,11 @@ class _LowerBound:
         self.low = np.full(columns, -0.5)  # the running maximum of the bound
         # The sum of the tangents is `log + log(product) + slope * (m - anchor)` for each bet.
         self.anchor = np.zeros(columns)
+        self.lowest_touch = np.full(columns, 0.25)
         self.log = np.repeat(np.log(SHARES)[:, None], columns, axis=1)  # (bets, C)
         self.product = np.ones((len(FRACTIONS), columns))
         self.slope = np.zeros((len(FRACTIONS), columns))
-        # Anchors move at fixed counts: 1, 2, .. 16, then an eighth more each time, or of what is left.
+        # Anchors move at fixed counts: 1, 2, .. 8, then by a quarter of the images seen or left.
         self.next_move = 1
 
     def update(
@@ -196,8 +196,7 @@ class _LowerBound:
         anchor = _mean_of_unseen(self.anchor[columns], totals[:-1], seen, self.population) + 0.5
         # Near the end a mean that is far from the truth leaves too little for the unseen: there the
         # tangents touch elsewhere, and are extended to the anchor.
-        touch = np.maximum(anchor, 0.5 * _shrunk_mean(self.total[columns], seen))
-        touch = np.maximum(touch, SMALLEST_MEAN)
+        touch = np.maximum(anchor, self.lowest_touch[columns])
         factor = FRACTIONS[:, None] * ((x + 0.5) / touch - 1)[:, None, :]
         factor += 1
         slope = FRACTIONS[:, None] * (-(x + 0.5) / touch**2)[:, None, :]
@@ -234,13 +233,14 @@ class _LowerBound:
     def _move_anchor(self, columns: Columns, seen: int) -> None:
         """Put the anchor, near which the next tangents touch, between the mean and the bound."""
         self.low[columns] = low = self.current(seen)[columns]
-        mean = _shrunk_mean(self.total[columns], seen) - 0.5
+        mean = self.total[columns] / (seen + 0.5)  # as if half an image at 0 had been seen
         # The first bounds say nothing: halfway to them would be far from where they will be.
         anchor = mean if seen < BLOCK else mean - np.maximum(mean - low, 0) / 2
         self.log[:, columns] += self.slope[:, columns] * (anchor - self.anchor[columns])
         self.anchor[columns] = anchor
+        self.lowest_touch[columns] = np.maximum((mean + 0.5) / 2, SMALLEST_MEAN)
         reach = seen if self.population is None else min(seen, self.population - seen)
-        self.next_move = seen + max(1, reach // 8)
+        self.next_move = seen + max(1, reach // 4)
 
     def current(self, seen: int | np.ndarray) -> np.ndarray:
         """(C,) the bounds after `seen` images (one count, or one for each column)."""
@@ -317,11 +317,6 @@ def _mean_of_unseen(
     if population is None:
         return np.broadcast_to(mean, totals.shape)
     return (population * mean - totals) / (population - seen - np.arange(len(totals)))[:, None]
-
-
-def _shrunk_mean(total: np.ndarray, seen: int) -> np.ndarray:
-    """Mean of v, in (0, 1), from the sum of x, as if half an image at 1/2 had been seen."""
-    return 0.5 + total / (seen + 0.5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -612,7 +607,9 @@ class OrderCertifier:
         self.unusable += int((~usable).sum())
         if len(alive) == 0:
             return
-        difference = (scores[:, self.right[alive]] - scores[:, self.left[alive]]) / self.scale
+        # Columns picked out of rows lie in memory column by column; the arithmetic is row by row.
+        right, left = scores[:, self.right[alive]], scores[:, self.left[alive]]
+        difference = np.ascontiguousarray(right - left) / self.scale
         both = np.concatenate([difference, -difference], axis=1)
         zero, worst = both, both
         if not usable.all():
@@ -624,7 +621,7 @@ class OrderCertifier:
             self.tests.crossed[2 * num_pairs :] == NEVER
         )
         testing = testing[pairs] & (self.tie > 0)
-        values = np.concatenate([zero, worst[:, testing]], axis=1)
+        values = np.concatenate([zero, np.ascontiguousarray(worst[:, testing])], axis=1)
         columns = np.concatenate([pairs, 2 * num_pairs + pairs[testing]])
         whole = len(columns) == 4 * num_pairs
         self.tests.update(values, slice(None) if whole else columns, seen)
@@ -811,7 +808,7 @@ def _check_population(population: int | None, images: int) -> None:
 
 def _checked(values: np.ndarray, lower: float, upper: float, seen: int) -> np.ndarray:
     """(n, C) float64 in [lower, upper], with NaN; rounding is clipped, else a ValueError names it."""
-    values = np.asarray(values, np.float64)
+    values = np.ascontiguousarray(values, np.float64)
     outside = (values < lower - ROUNDING) | (values > upper + ROUNDING)
     if outside.any():
         row, column = np.argwhere(outside)[0]
