@@ -6,6 +6,8 @@ import sys
 import urllib.parse
 from pathlib import Path
 
+HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # what timm's repositories hold, best first
+
 
 def cache_folder() -> Path:
     """Where downloads are kept: TOKDIV_CACHE, else `tokdiv` in the platform's cache folder."""
@@ -42,5 +44,10 @@ def in_hub_cache(source: str) -> Path | None:
     home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
     hub = Path(os.environ.get("HF_HUB_CACHE", home / "hub")).expanduser()
     folder = hub / ("models--" + source[len("hf-hub:") :].partition("@")[0].replace("/", "--"))
-    files = sorted(folder.glob("snapshots/*/model.safetensors"))
-    return files[-1] if files else None
+    revision = source.partition("@")[2] or "main"
+    head = folder / "refs" / revision  # names the snapshot that a branch or tag stands for
+    snapshot = head.read_text().strip() if head.is_file() else revision
+    if snapshot == "main":  # copied here by hand, without the folder `refs`
+        snapshot = "*"
+    files = (file for name in HUB_FILES for file in folder.glob(f"snapshots/{snapshot}/{name}"))
+    return next((file for file in files if file.is_file()), None)

@@ -47,13 +47,18 @@ def token_similarity(tokens: Tensor) -> Tensor:
 def _closed_form(tokens: Tensor) -> Tensor:
     """(B, K, C) -> (B,), elementwise sums only: a matrix product could run in bfloat16 or TF32."""
     K = tokens.shape[1]
+    unit, nonzero = _unit(tokens)
+    pairs = unit.sum(dim=1).square().sum(dim=1) - nonzero.sum(dim=(1, 2))
+    return (pairs / (K * (K - 1))).clamp(-1 / (K - 1), 1)  # rounding could leave the range
+
+
+def _unit(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, K, C) -> tokens of length 1, zero tokens as they are; and which are not zero, (B, K, 1) bool."""
     # Dividing by the largest component first keeps the squares from over- or underflowing.
     scale = tokens.abs().amax(dim=2, keepdim=True)
     nonzero = scale != 0
     unit = tokens / torch.where(nonzero, scale, 1.0)
-    unit = unit / torch.where(nonzero, unit.square().sum(dim=2, keepdim=True).sqrt(), 1.0)
-    pairs = unit.sum(dim=1).square().sum(dim=1) - nonzero.sum(dim=(1, 2))
-    return (pairs / (K * (K - 1))).clamp(-1 / (K - 1), 1)  # rounding could leave the range
+    return unit / torch.where(nonzero, unit.square().sum(dim=2, keepdim=True).sqrt(), 1.0), nonzero
 
 
 def pooled_similarity(tokens: Tensor, grid: tuple[int, int], side: int = 7) -> Tensor | None:
@@ -74,7 +79,9 @@ def pooled_similarity(tokens: Tensor, grid: tuple[int, int], side: int = 7) -> T
         return None
     if (rows, columns) == (side, side):
         return token_similarity(tokens)
-    planes = tokens.float().transpose(1, 2).unflatten(2, (rows, columns))
+    if tokens.dtype != torch.float64:
+        tokens = tokens.float()
+    planes = tokens.transpose(1, 2).unflatten(2, (rows, columns))
     if rows % side == 0 and columns % side == 0:
         pooled = F.avg_pool2d(planes, (rows // side, columns // side))
     else:
@@ -92,7 +99,7 @@ def cosine_map(tokens: Tensor, query: int) -> Tensor:
     Returns:
         (B, K) float32 in [-1, 1]; 1 at the query.
     """
-    unit = F.normalize(tokens.float(), dim=2, eps=1e-30)
+    unit, _ = _unit(tokens.float())
     return (unit * unit[:, query : query + 1]).sum(dim=2).clamp(-1, 1)
 
 

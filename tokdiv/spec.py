@@ -13,6 +13,8 @@ each followed by any number of `:key=value`. This module needs neither torch nor
 import dataclasses
 import difflib
 import itertools
+import math
+import os
 import re
 import tomllib
 from collections.abc import Iterable, Sequence
@@ -48,7 +50,7 @@ class TeacherSpec:
         arguments: further arguments of the timm architecture.
         seed: of untrained weights.
         baseline: pixels, hog and untrained networks: measured, but not chosen.
-        num_tokens, dim: K and C, for the native input size until loaded.
+        num_tokens, dim: K and C; the zoo's K is that of 224 px, a loaded teacher's that of its view.
         parameters: of the backbone, without a classifier.
     """
 
@@ -99,6 +101,12 @@ class TeacherSpec:
             value = values.get(key)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
                 raise UsageError(f"{name}: {key} = {value!r} is not a whole number")
+            least = 0 if key in ("block", "seed") else 1
+            if value is not None and value < least:
+                raise UsageError(f"{name}: {key} = {value}: expected {least} or more")
+        for key in ("weights", "sha256", "interpolation", "method", "licence", "paper"):
+            if values.get(key) is not None and not isinstance(values[key], str):
+                raise UsageError(f"{name}: {key} = {values[key]!r} is not a text")
         for key in ("norm", "baseline"):
             if values.get(key) is not None and not isinstance(values[key], bool):
                 raise UsageError(f"{name}: {key} = {values[key]!r} is neither true nor false")
@@ -182,28 +190,46 @@ def _split_list(text: str) -> list[str]:
 
 
 def _names_a_file(text: str) -> bool:
-    base, _ = _split_options(_split_label(text.strip())[1])
+    body = _split_label(text.strip())[1]
+    base = body[: _base_end(body)]
     path = base.partition("@")[2] if base.startswith("timm:") else base
-    return "," in path and Path(path).expanduser().is_file()
+    # A comma behind the path starts the next SPEC: no option has one.
+    return "," in path and "," not in body[len(base) :] and _is_file(path)
+
+
+def _is_file(text: str) -> bool:
+    # os.path, because pathlib raises for names that no file can have, as a long list of SPECs.
+    return os.path.isfile(os.path.expanduser(text))
 
 
 def _split_label(text: str) -> tuple[str | None, str]:
+    if _is_file(text[: _base_end(text)]):
+        return None, text  # a file whose own name has a "="
     match = re.match(r"([^=:@/\\,]+)=(.*)", text, flags=re.DOTALL)
     return (match[1].strip(), match[2].strip()) if match else (None, text)
 
 
-def _split_options(body: str) -> tuple[str, dict[str, str]]:
-    """Cut `:key=value` segments off; the longest stretch that is an existing path stays whole."""
-    cuts = [m.start() for m in re.finditer(r":[A-Za-z_]\w*=", body)]
+def _cuts(body: str) -> list[int]:
+    """Where text that looks like `:key=value` begins."""
+    return [match.start() for match in re.finditer(r":[A-Za-z_]\w*=", body)]
+
+
+def _base_end(body: str) -> int:
+    """Where the options begin; the longest stretch that is an existing path stays whole."""
+    cuts = _cuts(body)
     start = body.find("@") + 1 if body.startswith("timm:") else 0
-    base_end = cuts[0] if cuts else len(body)
     if start or not body.startswith("timm:"):
         for end in [len(body), *reversed(cuts)]:
-            if end > start and Path(body[start:end]).expanduser().is_file():
-                base_end = end
-                break
+            if end > start and _is_file(body[start:end]):
+                return end
+    return cuts[0] if cuts else len(body)
+
+
+def _split_options(body: str) -> tuple[str, dict[str, str]]:
+    """What a SPEC without its label names, and its `:key=value` segments."""
+    base_end = _base_end(body)
     options: dict[str, str] = {}
-    ends = [cut for cut in cuts if cut >= base_end] + [len(body)]
+    ends = [cut for cut in _cuts(body) if cut >= base_end] + [len(body)]
     for begin, end in itertools.pairwise(ends):
         key, _, value = body[begin + 1 : end].partition("=")
         if key in options:
@@ -232,9 +258,9 @@ def _resolve(base: str, body: str, text: str) -> list[TeacherSpec]:
             return [
                 TeacherSpec(name=base, architecture=architecture, weights="random", baseline=True)
             ]
-        path = Path(source).expanduser()
-        if not path.is_file():
-            kind = "a folder, not a checkpoint" if path.is_dir() else "no such file"
+        path = Path(os.path.expanduser(source))
+        if not _is_file(source):
+            kind = "a folder, not a checkpoint" if os.path.isdir(path) else "no such file"
             raise UsageError(
                 f"'{source}' in '{text}': {kind}; expected a .pth, .pt or .safetensors file"
             )
@@ -242,9 +268,9 @@ def _resolve(base: str, body: str, text: str) -> list[TeacherSpec]:
         name = f"timm:{architecture}@{path.name}"
         return [TeacherSpec(name=name, architecture=architecture, weights=str(path.resolve()))]
     if base.endswith(".toml"):
-        return _read_toml(Path(base).expanduser())
+        return _read_toml(Path(os.path.expanduser(base)))
     remedy = "see them with: tokdiv teachers"
-    if Path(base).expanduser().is_file():
+    if _is_file(base):
         remedy = f"for a local checkpoint write timm:ARCH@{base}"
     raise UsageError(f"unknown teacher '{base}'{nearest(base, [*ZOO, *GROUPS])}; {remedy}")
 
@@ -253,28 +279,31 @@ def _read_toml(path: Path) -> list[TeacherSpec]:
     """Teachers listed as [[teachers]] tables of TeacherSpec's fields; `zoo` starts from a zoo's entry."""
     from tokdiv.zoo import ZOO
 
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UsageError(f"'{path}': no such file; expected a TOML file that lists teachers")
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"'{path}' is not valid TOML: {error}") from None
     entries = tables.get("teachers")
-    if not isinstance(entries, list) or not entries or set(tables) != {"teachers"}:
+    listed = isinstance(entries, list) and entries and all(isinstance(e, dict) for e in entries)
+    if not isinstance(entries, list) or not listed or set(tables) != {"teachers"}:
         raise UsageError(f"'{path}' must hold one or more [[teachers]] tables and nothing else")
     specs = []
     for entry in entries:
         fields = dict(entry)
         if "zoo" in fields:
             base = fields.pop("zoo")
-            if base not in ZOO:
+            if not isinstance(base, str) or base not in ZOO:
                 raise UsageError(f"'{path}': unknown zoo entry '{base}'{nearest(str(base), ZOO)}")
-            fields = ZOO[base].to_dict() | {"name": base} | fields
+            # The entry's norm is that of its last block; see `_with_options`.
+            norm = {"norm": False} if fields.get("block") is not None else {}
+            fields = ZOO[base].to_dict() | norm | fields
         weights = fields.get("weights")
         if isinstance(weights, str) and not weights.startswith(("http://", "https://", "hf-hub:")):
             if weights not in ("random", "timm"):
-                local = (path.parent / Path(weights).expanduser()).resolve()
-                if not local.is_file():
+                local = (path.parent / os.path.expanduser(weights)).resolve()
+                if not os.path.isfile(local):
                     raise UsageError(
                         f"'{path}': the weights '{weights}' of '{fields.get('name')}': no such file"
                     )
@@ -302,11 +331,12 @@ def _with_options(spec: TeacherSpec, options: dict[str, str]) -> TeacherSpec:
             fields["norm"] = text.lower() == "true"
         elif key in ("mean", "std"):
             try:
-                fields[key] = _triple(key, [float(part) for part in text.split("/")], spec.name)
+                numbers = [float(part) for part in text.split("/")]
             except ValueError:
                 raise UsageError(
                     f"{spec.name}: {key}={text}: expected a number, or three joined with '/'"
                 ) from None
+            fields[key] = _triple(key, numbers, spec.name)
         else:
             arguments[key] = _literal(text)
     if spec.architecture in HANDCRAFTED:
@@ -331,7 +361,7 @@ def _triple(key: str, values: Any, name: str) -> Triple:
     if len(numbers) == 1:
         numbers *= 3
     bad = [v for v in numbers if not isinstance(v, (int, float)) or isinstance(v, bool)]
-    if len(numbers) != 3 or bad:
+    if len(numbers) != 3 or bad or not all(map(math.isfinite, numbers)):
         raise UsageError(f"{name}: {key} = {values!r}: expected one number or three (R, G, B)")
     if key == "std" and min(numbers) <= 0:
         raise UsageError(f"{name}: std = {values!r}: expected positive numbers")

@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from tokdiv.classical import PATCH, Hog, Pixels
 from tokdiv.errors import UsageError
-from tokdiv.spec import CUSTOM, HANDCRAFTED, TeacherSpec, Triple, nearest, parse_specs
+from tokdiv.spec import CUSTOM, HANDCRAFTED, TeacherSpec, Triple, _triple, nearest, parse_specs
 from tokdiv.weights import StateDict, _some, read_checkpoint, unwrap, weights_file
+from tokdiv.zoo import IMAGENET_MEAN, IMAGENET_STD
 
 DEFAULT_SIZE = 224  # pixels: the paper's view
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -30,10 +31,11 @@ class Teacher(nn.Module):
             images (B, 3, size, size) and returns a feature map (B, C, H, W) or tokens (B, K, C).
         tokens: where the module's output is neither: a function of that output, `tokens(output)`, or one
             that runs the network itself, `tokens(module, images)`. It returns either of the two.
-        mean, std: of the RGB channels, in units of [0, 1].
+        mean, std: of the RGB channels, in units of [0, 1]; one number stands for all three.
         size: side of the view in pixels.
         name: the label in rankings and pictures.
-        grid: rows and columns of the tokens, where they are no feature map and no square.
+        grid: rows and columns of the tokens, where they are no feature map and no square; (1, K) if it
+            is not given, which leaves `similarity_7x7` out.
         spec: how to load it again; None for a module of the user's own.
 
     Attributes:
@@ -52,20 +54,22 @@ class Teacher(nn.Module):
         self,
         module: nn.Module,
         tokens: Callable[..., Tensor] | None = None,
-        mean: Triple = (0.485, 0.456, 0.406),
-        std: Triple = (0.229, 0.224, 0.225),
+        mean: Triple | float = IMAGENET_MEAN,
+        std: Triple | float = IMAGENET_STD,
         size: int = DEFAULT_SIZE,
         name: str = "custom",
         grid: tuple[int, int] | None = None,
         spec: TeacherSpec | None = None,
     ) -> None:
         super().__init__()
+        mean, std = _triple("mean", mean, name), _triple("std", std, name)
         self.module = module.requires_grad_(False)
         self.name = name
         self.size = size
         self.dtype = torch.float32
         self._tokens_of = _token_function(module, tokens)
         self._compiled: Callable[[Tensor], Tensor] | None = None
+        self._cast = False  # whether `prepare` rounded the weights
         self.register_buffer("mean", torch.tensor(mean).mul(255).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).mul(255).view(3, 1, 1), persistent=False)
         self.channels_last = sum(isinstance(m, nn.Conv2d) for m in module.modules()) > 1
@@ -96,19 +100,30 @@ class Teacher(nn.Module):
 
         Args:
             device: as torch takes it.
-            dtype: "float32", or "bfloat16" for autocast.
+            dtype: "float32", or "bfloat16" for autocast. A mobile ConvNet (depthwise convolutions with
+                BatchNorm) stays in float32 either way: rounding its weights to bfloat16 moves the mean
+                similarity by up to 0.0025 (benchmarks/results/precision.md), and others by 0.0003.
             compile: through `torch.compile`.
+
+        Raises:
+            UsageError: float32 is asked for, but the weights were cast to bfloat16 before.
         """
-        self.dtype = DTYPES[dtype]
+        if self._cast and DTYPES[dtype] == torch.float32:
+            raise UsageError(
+                f"{self.name} was loaded with dtype bfloat16, which float32 cannot restore; load it anew"
+            )
+        self.dtype = torch.float32 if _is_mobile(self.module) else DTYPES[dtype]
         self.to(device)
         if self.channels_last:
             self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.dtype != torch.float32 and self.spec.architecture != CUSTOM:
             # Autocast would cast these frozen weights anew in every forward pass; cast once, the
-            # numbers are the same.
+            # numbers are the same. Subclasses may compute with their weights before (standardised
+            # convolutions do) and stay as they are.
             for layer in self.module.modules():
-                if isinstance(layer, (nn.Linear, nn.Conv2d)):
+                if type(layer) in (nn.Linear, nn.Conv2d) or type(layer).__name__ == "Conv2dSame":
                     layer.to(self.dtype)
+            self._cast = True
         self._compiled = torch.compile(self._features) if compile else None
         return self
 
@@ -179,6 +194,11 @@ class Teacher(nn.Module):
         if isinstance(output, Tensor) and output.ndim == 3 and len(output) == 1:
             K, C = output.shape[1:]
             side = round(K**0.5)
+            if grid is None and K in {n * n + 1 for n in range(7, 65)}:
+                raise UsageError(
+                    f"{self.name} gives {K} tokens, a square and one more: leave the CLS token out, or pass "
+                    f"grid=(ROWS, COLUMNS) if they are all spatial"
+                )
             grid = grid or ((side, side) if side * side == K else (1, K))
             if grid[0] * grid[1] != K:
                 raise UsageError(
@@ -213,6 +233,12 @@ def _token_function(
     if len(required) >= 2:
         return tokens
     return lambda module, images: tokens(module(images))
+
+
+def _is_mobile(module: nn.Module) -> bool:
+    layers = list(module.modules())
+    depthwise = any(isinstance(m, nn.Conv2d) and m.groups == m.in_channels > 1 for m in layers)
+    return depthwise and any(isinstance(m, nn.BatchNorm2d) for m in layers)
 
 
 def load_teacher(
@@ -267,10 +293,15 @@ def teacher_from_file(reference: str) -> Teacher:
         raise UsageError(
             f"--teacher-module {reference}: expected FILE.py:FUNCTION, with a file that exists"
         )
-    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    # A name of its own: the file may be called like a package that it imports.
+    module_spec = importlib.util.spec_from_file_location(f"teacher_module_{Path(path).stem}", path)
     if module_spec is None or module_spec.loader is None:
         raise UsageError(f"--teacher-module {reference}: '{path}' is no Python file")
     module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module  # dataclasses and pickle look their module up
+    sys.path.insert(
+        0, str(Path(path).resolve().parent)
+    )  # it may import what lies beside it, as a script
     try:
         module_spec.loader.exec_module(module)
         make = getattr(module, function, None)
@@ -280,8 +311,9 @@ def teacher_from_file(reference: str) -> Teacher:
     except UsageError:
         raise
     except Exception as error:
+        reason = (str(error).strip() or "no message").splitlines()[0]
         raise UsageError(
-            f"--teacher-module {reference} raised {type(error).__name__}: {error}"
+            f"--teacher-module {reference} raised {type(error).__name__}: {reason}"
         ) from error
     if not isinstance(teacher, Teacher):
         raise UsageError(
@@ -321,8 +353,11 @@ def complete(spec: TeacherSpec) -> TeacherSpec:
     Raises:
         UsageError: an architecture or a tag that timm lacks.
     """
-    if spec.architecture in (*HANDCRAFTED, CUSTOM):
+    if spec.architecture == CUSTOM:
         return spec
+    if spec.architecture in HANDCRAFTED:
+        mean, std = spec.mean or IMAGENET_MEAN, spec.std or IMAGENET_STD
+        return dataclasses.replace(spec, mean=mean, std=std)
     import timm
 
     known = timm.is_model(spec.architecture)
@@ -358,8 +393,8 @@ def complete(spec: TeacherSpec) -> TeacherSpec:
         fields["input_size"] = spec.input_size or published.input_size[1]
         fields["interpolation"] = published.interpolation
     else:
-        fields["mean"] = spec.mean or (0.485, 0.456, 0.406)
-        fields["std"] = spec.std or (0.229, 0.224, 0.225)
+        fields["mean"] = spec.mean or IMAGENET_MEAN
+        fields["std"] = spec.std or IMAGENET_STD
     return dataclasses.replace(spec, **fields)
 
 
@@ -367,7 +402,7 @@ def _handcrafted(spec: TeacherSpec, size: int) -> Teacher:
     if size % PATCH:
         raise UsageError(f"{spec.name}: {size} px is not a multiple of its patch of {PATCH} px")
     module = Pixels() if spec.architecture == "pixels" else Hog()
-    assert spec.mean is not None and spec.std is not None  # the zoo states them
+    assert spec.mean is not None and spec.std is not None  # `complete` filled them in
     return Teacher(module, mean=spec.mean, std=spec.std, size=size, name=spec.name, spec=spec)
 
 
@@ -393,10 +428,11 @@ def _from_timm(spec: TeacherSpec, size: int) -> Teacher:
             f"{spec.name}: blocks={spec.block}: {spec.architecture} has blocks 0 to {blocks - 1}"
         )
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
-    if patch and any(size % side for side in patch):
+    sides = patch if isinstance(patch, (tuple, list)) else (patch or 1,)
+    if any(size % side for side in sides):
         # timm would drop the last rows and columns of pixels silently.
         raise UsageError(
-            f"{spec.name}: {size} px is not a multiple of its patch of {patch[0]} px; set :size= or --image-size"
+            f"{spec.name}: {size} px is not a multiple of its patch of {sides[0]} px; set :size= or --image-size"
         )
     has_norm = _has_final_norm(model)
     norm = spec.norm if spec.norm is not None else (has_norm and spec.block is None)
@@ -406,10 +442,15 @@ def _from_timm(spec: TeacherSpec, size: int) -> Teacher:
         )
     spec = dataclasses.replace(spec, norm=norm)
     indices: int | list[int] = 1 if spec.block is None else [spec.block]
+    found: StateDict = {}
+    if path is not None:
+        # Converted before the cut, because timm's converters look every block up.
+        found = unwrap(read_checkpoint(path), set(model.state_dict()), path)
+        tensors = _converted(model, found, spec, path)
     if hasattr(model, "prune_intermediate_layers"):
         model.prune_intermediate_layers(indices, prune_norm=not norm, prune_head=True)  # type: ignore[operator]
     if path is not None:
-        _load_strictly(model, read_checkpoint(path), spec, path)
+        _load_strictly(model, tensors, found, spec, path)
     options: dict[str, Any] = {"norm": True} if norm else {}
 
     def tokens(module: nn.Module, images: Tensor) -> Tensor:
@@ -433,7 +474,8 @@ def _create(spec: TeacherSpec, size: int) -> nn.Module:
     import timm
 
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(spec.seed)
+        # Not torch.manual_seed, which would seed the GPUs as well.
+        torch.default_generator.manual_seed(spec.seed)
         sizes: tuple[dict[str, int], ...] = ({"img_size": size}, {})  # a ConvNet takes no img_size
         for attempt, size_argument in enumerate(sizes):
             try:
@@ -446,7 +488,7 @@ def _create(spec: TeacherSpec, size: int) -> nn.Module:
                 )
             except TypeError as error:
                 if attempt == 0 and "img_size" in str(error):
-                    torch.manual_seed(spec.seed)
+                    torch.default_generator.manual_seed(spec.seed)
                     continue
                 raise UsageError(
                     f"{spec.name}: {spec.architecture} does not take these arguments: {error}"
@@ -462,12 +504,12 @@ def _create(spec: TeacherSpec, size: int) -> nn.Module:
 def _has_final_norm(model: nn.Module) -> bool:
     """Whether `forward_intermediates(norm=True)` applies a final norm to spatial tokens.
 
-    ViTs with `fc_norm` normalise only after pooling, ConvNeXt and Hiera only in their heads, and most
-    ConvNets have none.
+    ViTs with `fc_norm` normalise only after pooling, ConvNeXt and Hiera only in their heads, PiT only its
+    CLS token, and most ConvNets have none.
     """
     norm = getattr(model, "norm", None)
     takes_norm = "norm" in inspect.signature(model.forward_intermediates).parameters  # type: ignore[arg-type]
-    refuses = type(model).__name__ == "Hiera"
+    refuses = type(model).__name__ in ("Hiera", "PoolingVisionTransformer")
     return (
         isinstance(norm, nn.Module)
         and not isinstance(norm, nn.Identity)
@@ -490,14 +532,9 @@ HEADS = (
 MASK_TOKENS = ("mask_token", "masked_embed")
 
 
-def _load_strictly(model: nn.Module, checkpoint: Any, spec: TeacherSpec, path: Any) -> None:
-    """Load a checkpoint into a model; anything missing, unexpected or misshapen is an error.
-
-    Left out: heads, mask tokens, decoders, and what lies behind the chosen block. Not missed: BatchNorm's
-    counters, which have no effect in eval mode. Position embeddings are resampled to the view's grid.
-    """
+def _converted(model: nn.Module, found: StateDict, spec: TeacherSpec, path: Path) -> StateDict:
+    """Keys and shapes as timm has them, in float32; position embeddings are resampled to the view's grid."""
     wanted = model.state_dict()
-    found = unwrap(checkpoint, set(wanted), path)
     patch = "patch_embed.proj.weight"
     if (
         patch in found
@@ -509,20 +546,30 @@ def _load_strictly(model: nn.Module, checkpoint: Any, spec: TeacherSpec, path: A
         raise _misfit(
             spec, path, found, [f"misshapen {patch} ({_shapes(found[patch], wanted[patch])})"]
         )
-    tensors = {
-        key: value.float() if value.is_floating_point() else value
-        for key, value in found.items()
-        if key not in MASK_TOKENS and not (key.startswith(HEADS) and key not in wanted)
-    }
+    tensors = {k: v.float() if v.is_floating_point() else v for k, v in found.items()}
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    if convert is not None:
-        try:
-            tensors = convert(tensors, model)
-        except Exception as error:
-            raise _misfit(spec, path, found, [f"timm cannot convert its keys ({error})"]) from None
+    if convert is None:
+        return tensors
+    try:
+        # Heads and mask tokens are still there: by them the converters tell authors' formats apart.
+        return convert(tensors, model)
+    except Exception as error:
+        raise _misfit(spec, path, found, [f"timm cannot convert its keys ({error})"]) from None
+
+
+def _load_strictly(
+    model: nn.Module, tensors: StateDict, found: StateDict, spec: TeacherSpec, path: Path
+) -> None:
+    """Load converted tensors into a model; anything missing, unexpected or misshapen is an error.
+
+    Left out: heads, mask tokens, decoders, and what lies behind the chosen block. Not missed: BatchNorm's
+    counters, which have no effect in eval mode. `found` are the file's own keys, for the message.
+    """
+    wanted = model.state_dict()
     missing = [k for k in wanted if k not in tensors and not k.endswith("num_batches_tracked")]
     misshapen = [k for k in wanted if k in tensors and tensors[k].shape != wanted[k].shape]
-    unexpected = [k for k in tensors if k not in wanted]
+    left_out = (*HEADS, *MASK_TOKENS)
+    unexpected = [k for k in tensors if k not in wanted and not k.startswith(left_out)]
     if unexpected:
         whole = _keys_of_whole(spec)
         unexpected = [k for k in unexpected if k not in whole]
@@ -548,13 +595,16 @@ def _keys_of_whole(spec: TeacherSpec) -> set[str]:
     """Keys of the architecture with its classifier and all its blocks: what a cut may leave over."""
     import timm
 
-    with torch.device("meta"):
-        return set(
-            timm.create_model(spec.architecture, pretrained=False, **spec.arguments).state_dict()
-        )
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(spec.architecture, pretrained=False, **spec.arguments)
+    except (RuntimeError, NotImplementedError):  # older releases of timm compute while they create
+        with torch.random.fork_rng(devices=[]):
+            model = timm.create_model(spec.architecture, pretrained=False, **spec.arguments)
+    return set(model.state_dict())
 
 
-def _misfit(spec: TeacherSpec, path: Any, found: StateDict, problems: list[str]) -> UsageError:
+def _misfit(spec: TeacherSpec, path: Path, found: StateDict, problems: list[str]) -> UsageError:
     fitting = _fitting_architectures(found)
     hint = f"; it would fit {' or '.join(fitting)}" if fitting else ""
     return UsageError(f"'{path}' does not fit {spec.architecture}: {'; '.join(problems)}{hint}")
@@ -581,7 +631,10 @@ def _fitting_architectures(found: StateDict) -> list[str]:
     import timm
 
     fitting = []
+    patches = "patch_embed.proj.weight" in found
     for name in COMMON_ARCHITECTURES:
+        if ("vit" in name) != patches:
+            continue  # plain from its keys; making each takes a while
         try:
             with torch.device("meta"):
                 wanted = timm.create_model(name, pretrained=False, num_classes=0).state_dict()

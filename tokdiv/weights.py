@@ -5,7 +5,6 @@ containers and refuses everything else, so that a checkpoint cannot run code.
 """
 
 import argparse
-import contextlib
 import hashlib
 import http.client
 import os
@@ -24,7 +23,7 @@ from filelock import FileLock
 from torch import Tensor
 from tqdm import tqdm
 
-from tokdiv.cache import cached_path, in_hub_cache
+from tokdiv.cache import cache_folder, cached_path, in_hub_cache
 from tokdiv.errors import RunError, UsageError
 
 CHUNK = 1 << 20  # bytes
@@ -90,6 +89,10 @@ def _download(url: str, path: Path, sha256: str | None) -> None:
             part = path.with_name(f"{path.name}.part")
             try:
                 digest = _fetch(url, part)
+                if _is_web_page(part):
+                    raise RunError(
+                        f"{url} answered with a web page, not a checkpoint: {_by_hand(url, path)}"
+                    )
                 if sha256 is not None and digest != sha256.lower():
                     raise RunError(
                         f"{url} has sha256 {digest}, expected {sha256}: a damaged or exchanged file; not used"
@@ -179,6 +182,12 @@ def _reason(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+def _is_web_page(path: Path) -> bool:
+    with path.open("rb") as file:
+        head = file.read(512).lstrip().lower()
+    return head.startswith((b"<!doctype", b"<html", b"<?xml"))
+
+
 def read_checkpoint(path: Path) -> Any:
     """Read a checkpoint's tensors and plain containers; never executes anything in it.
 
@@ -189,7 +198,7 @@ def read_checkpoint(path: Path) -> Any:
         head = file.read(512)
     if not head:
         raise UsageError(f"'{path}' is empty: expected a checkpoint (.pth, .pt or .safetensors)")
-    if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+    if _is_web_page(path):
         raise UsageError(
             f"'{path}' is a web page, not a checkpoint: the download got an error page"
         )
@@ -197,6 +206,7 @@ def read_checkpoint(path: Path) -> Any:
         raise UsageError(
             f"'{path}' is a Git LFS pointer, not a checkpoint: fetch it with git lfs pull"
         )
+    again = "; delete it to fetch it again" if path.parent == cache_folder() else ""
     if path.suffix == ".safetensors" or head[8:9] == b"{":
         import safetensors.torch
 
@@ -204,19 +214,22 @@ def read_checkpoint(path: Path) -> Any:
             return safetensors.torch.load_file(path)
         except Exception as error:
             raise UsageError(
-                f"'{path}' is truncated or no safetensors file: {_reason(error)}"
+                f"'{path}' is truncated or no safetensors file: {_reason(error)}{again}"
             ) from None
     # Harmless types that authors' checkpoints carry beside the tensors: options, and numpy numbers.
+    multiarray = (np._core if hasattr(np, "_core") else np.core).multiarray  # type: ignore[attr-defined]
     harmless: list[Any] = [
         argparse.Namespace,
         np.dtype,
         np.ndarray,
         *(type(np.dtype(c)) for c in "?bBhHiIlLefd"),
+        # numpy 2 moved its core: a file bears the name of the numpy that wrote it.
+        *((multiarray.scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+        *(
+            (multiarray._reconstruct, f"numpy.{core}.multiarray._reconstruct")
+            for core in ("core", "_core")
+        ),
     ]
-    for module in (getattr(np, "_core", None), getattr(np, "core", None)):
-        with contextlib.suppress(AttributeError):
-            harmless += [module.multiarray.scalar, module.multiarray._reconstruct]  # type: ignore[union-attr]
-            break
     try:
         with torch.serialization.safe_globals(harmless):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -229,7 +242,7 @@ def read_checkpoint(path: Path) -> Any:
                 f"'{path}' holds objects other than tensors ({named}) and could run code: refused; "
                 f"re-save its state_dict() alone"
             ) from None
-        raise UsageError(f"'{path}' is truncated or no PyTorch checkpoint") from None
+        raise UsageError(f"'{path}' is truncated or no PyTorch checkpoint{again}") from None
     except (
         RuntimeError,
         EOFError,
@@ -240,7 +253,7 @@ def read_checkpoint(path: Path) -> Any:
         TypeError,
     ) as error:
         raise UsageError(
-            f"'{path}' is truncated or no PyTorch checkpoint: {_reason(error)}"
+            f"'{path}' is truncated or no PyTorch checkpoint: {_reason(error)}{again}"
         ) from None
 
 
@@ -248,6 +261,7 @@ def read_checkpoint(path: Path) -> Any:
 # momentum or teacher-student method holds several networks: the teacher's is the one published.
 CONTAINERS = (
     "classy_state_dict",  # VISSL: classy_state_dict / base_model / model / trunk
+    "model_state",  # Hiera
     "base_model",
     "teacher",  # DINO and iBOT training checkpoints: teacher and student side by side
     "model_state_dict",
