@@ -158,8 +158,11 @@ def rank(
         image_size=_image_size(image_size),
         allow_baselines=allow_baselines,
     )
-    if _rank_of_process() == 0:
+    if _is_first_process():
         print(_ranking_text(ranking, out))
+        if unusable := ranking.data["unusable"]:
+            where = out / "skipped.csv"
+            print(f"warning: unusable images skipped: {unusable:,} (see {where})", file=sys.stderr)
 
 
 @app.command()
@@ -235,7 +238,8 @@ def _own_teacher(module: str | None) -> "list[Teacher]":
         return []
     from tokdiv.teacher import teacher_from_file
 
-    print(f"running your code: {module}", file=sys.stderr)
+    if _is_first_process():
+        print(f"running your code: {module}", file=sys.stderr)
     return [teacher_from_file(module)]
 
 
@@ -263,8 +267,8 @@ def _query(text: str | None) -> tuple[float, float] | None:
     return row, column
 
 
-def _rank_of_process() -> int:
-    return int(os.environ.get("RANK", 0))
+def _is_first_process() -> bool:
+    return int(os.environ.get("RANK", 0)) == 0
 
 
 def _ranking_text(ranking: "Ranking", out: Path) -> str:
@@ -273,10 +277,12 @@ def _ranking_text(ranking: "Ranking", out: Path) -> str:
 
     lines = [ranking_table(ranking), "", *ranking.remarks()]
     certificate, best = ranking.certificate, ranking[ranking.best_name]
-    state = "certified" if ranking.certified else "not certified"
+    of_best = ranking.settings["certify"] == "best"
+    certified = certificate["best_certified"] if of_best else ranking.certified
+    state = f"{'Winner' if of_best else 'Order'} {'certified' if certified else 'not certified'}"
     seen, count = ranking.data["images"], ranking.data["count"]
     lines.append(
-        f"Order {state} at {certificate['confidence']:.6g} confidence from {seen:,} of "
+        f"{state} at {certificate['confidence']:.6g} confidence from {seen:,} of "
         f"{count if count is None else format(count, ',')} images, scored in {ranking.settings['dtype']}."
     )
     lines.append(
@@ -313,6 +319,9 @@ def run(application: typer.Typer) -> int:
     except Exception as error:
         if type(error).__name__ == "Interrupted":
             return _fail(error, 128 + error.signal)  # type: ignore[attr-defined]
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error.format_message(), file=sys.stderr)  # type: ignore[attr-defined]
+            return 2
         if hasattr(error, "exit_code") and hasattr(
             error, "format_message"
         ):  # click's own mistakes in the call

@@ -1,6 +1,7 @@
 """Token similarity by block depth: where a network over-smooths, and which block is the most diverse teacher."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from tokdiv.certify import confidence_sequence
 from tokdiv.data import open_source, permutation, read_batches
 from tokdiv.dist import choose_device, choose_dtype
 from tokdiv.errors import RunError, UsageError
+from tokdiv.measure import Settings
 from tokdiv.plots import depth_figure, save_figure
 from tokdiv.scores import write_whole
 from tokdiv.similarity import token_similarity
@@ -49,6 +51,14 @@ def measure_depth(
     Raises:
         UsageError: a mistake in the call. RunError: no usable image, or a block that yields NaN.
     """
+    Settings(
+        max_images=max_images,
+        batch_size=batch_size,
+        workers=workers,
+        dtype=dtype,  # type: ignore[arg-type]
+        seed=seed,
+        image_size=image_size,
+    )  # which refuses what `rank` refuses
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"-o {folder}: is a file; give a folder")
@@ -71,7 +81,12 @@ def measure_depth(
     scores: dict[str, list[np.ndarray]] = {teacher.name: [] for teacher in loaded}
     shapes: dict[str, list[tuple[int, int]]] = {}
     batches = read_batches(
-        source, order, blocks, {t.size for t in loaded}, workers=workers or 2, seed=seed
+        source,
+        order,
+        blocks,
+        {t.size for t in loaded},
+        workers=workers or os.cpu_count() or 1,
+        seed=seed,
     )
     with tqdm(total=count, unit="image", disable=None) as bar:
         for batch in batches:
@@ -98,7 +113,7 @@ def measure_depth(
         "blocks": rows,
     }
     write_whole(folder / "depth.json", json.dumps(content, indent=2) + "\n")
-    curves = {}
+    curves: dict[str, Any] = {}
     for name, curve in table[~table["norm"]].groupby("teacher", sort=False):
         curves[str(name)] = tuple(
             curve[c].to_numpy() for c in ("block", "mean_similarity", "ci_low", "ci_high")
@@ -125,7 +140,7 @@ def _block_scores(
     if np.isnan(found).any():
         block = int(np.isnan(found).any(axis=0).argmax())
         raise RunError(f"{teacher.name} gives NaN tokens at block {block}: its weights are damaged")
-    return found, [tuple(block.shape[1:]) for block in tokens]
+    return found, [(block.shape[1], block.shape[2]) for block in tokens]
 
 
 def _rows(

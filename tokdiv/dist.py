@@ -45,15 +45,6 @@ class Processes:
             distributed.broadcast_object_list(box, src=0)
         return box[0]
 
-    def largest(self, *values: int) -> list[int]:
-        """The largest of each value over all processes."""
-        if self.world == 1:
-            return list(values)
-        shared = torch.tensor(values)
-        with _peers():
-            distributed.all_reduce(shared, distributed.ReduceOp.MAX)
-        return shared.tolist()
-
 
 @contextmanager
 def _peers() -> Iterator[None]:
@@ -121,7 +112,13 @@ def choose_device(device: str = "auto") -> torch.device:
 
 
 def choose_dtype(dtype: str, device: torch.device) -> str:
-    """ "float32" or "bfloat16"; "auto" is bfloat16 where the device computes in it natively."""
+    """ "float32" or "bfloat16"; "auto" is bfloat16 where the device computes in it natively.
+
+    Raises:
+        UsageError: another dtype.
+    """
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise UsageError(f"--dtype {dtype}: expected auto, float32 or bfloat16")
     if dtype != "auto":
         return dtype
     if device.type == "cuda":

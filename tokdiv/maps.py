@@ -43,6 +43,12 @@ def draw_maps(
     pictures = [_open(image) for image in images]
     place = choose_device(device)
     loaded = load_teachers(teachers, image_size=image_size)
+    for teacher in loaded:
+        if teacher.num_tokens < 2:
+            raise UsageError(
+                f"{teacher.name} gives K = 1 token at {teacher.size} px: there is no other one to compare it "
+                f"with; use a larger --image-size or an earlier block (:blocks=N)"
+            )
     row, column = query or (0.5, 0.5)
     views, maps, tokens, rectangles, similarities = [], [], [], [], []
     for teacher in loaded:

@@ -31,7 +31,14 @@ from tokdiv.certify import Certificate, OrderCertifier, look_schedule
 from tokdiv.data import Batch, Source, open_source, permutation, read_batches
 from tokdiv.dist import Processes, choose_dtype, processes
 from tokdiv.errors import RunError, UsageError
-from tokdiv.ranking import Ranking, eligible_teachers, make_ranking, open_run
+from tokdiv.ranking import (
+    Ranking,
+    certified_best,
+    decided_pairs,
+    eligible_teachers,
+    make_ranking,
+    open_run,
+)
 from tokdiv.scores import MEASURES, Scores, ScoreTable
 from tokdiv.similarity import pooled_similarity, token_similarity
 from tokdiv.spec import CUSTOM, TeacherSpec
@@ -155,8 +162,15 @@ def rank(
         rates = {
             name: worker.images[name] / s * group.world for name, s in worker.seconds.items() if s
         }
+        dtypes = {t.name: str(t.dtype).removeprefix("torch.") for t in loaded}
         ranking = make_ranking(
-            table, judge.certifier.certificate(), [t.spec for t in loaded], source, chosen, rates
+            table,
+            judge.certifier.certificate(),
+            [t.spec for t in loaded],
+            source,
+            chosen,
+            dtypes,
+            rates,
         )
         if out:
             ranking.write(Path(out), table)
@@ -287,9 +301,10 @@ class _Judge:
             approximate=not source.permutable,
         )
         self.eligible = eligible_teachers([t.spec for t in teachers], settings.allow_baselines)
-        table.progress.finished = (
-            None  # judged anew, as more images may be allowed, or a teacher joined
-        )
+        # A resumed run goes on at the images it has: earlier looks were judged when they were due. The
+        # last one is judged anew, as more images may be allowed, or a teacher joined.
+        self.resumed = table.front
+        table.progress.finished = None
         self._saved = self._answered = time.monotonic()
 
     @property
@@ -305,17 +320,12 @@ class _Judge:
         """
         self._look()
         progress = self.table.progress
-        if (
-            not progress.finished
-            and progress.measured[self.teachers[self.active[0]].name] >= self.limit
-        ):
-            progress.finished = (
-                "every image"  # the last image fell on a look that was judged before
-            )
-        if progress.finished:
-            return None
         measured = {n: progress.measured[self.teachers[n].name] for n in self.active}
         start = min(measured.values())
+        if not progress.finished and start >= self.limit:
+            progress.finished = "every image"  # a stream ended at a look that was judged before
+        if progress.finished:
+            return None
         active = [n for n, count in measured.items() if count == start]
         stop = min([self.limit, *(count for count in measured.values() if count > start)])
         wanted = MEAN_IMAGES - progress.usable[self.teachers[active[0]].name]
@@ -329,8 +339,10 @@ class _Judge:
     def judge(self, steps: list[_Step], plan: _Plan, start: int, stop: int) -> _Verdict:
         """Enter the scores of the positions [start, stop), and judge every look that they complete."""
         progress = self.table.progress
-        columns = plan.active  # those dropped since have no scores
+        columns = plan.active
+        gone = [place for place, n in enumerate(columns) if n not in self.active]
         for step in steps:
+            step.scores[:, gone] = np.nan  # launched on a GPU before they were dropped
             self.table.record(step.positions, step.keys, step.reasons, columns, step.scores)
         positions = np.sort(np.concatenate([step.positions for step in steps]))
         if len(positions) < stop - start:  # a stream ended
@@ -342,9 +354,12 @@ class _Judge:
         for n in columns:
             if n in self.active:
                 progress.measured[self.teachers[n].name] = stop
+        looked = self._look()
         if plan.means is None:
-            self._add_mean_tokens(steps, columns, stop)
-        looked = self._look() if not error else False
+            self._add_mean_tokens(steps, columns)
+        # What lies behind the look that ends the run, or drops the teacher, does not count.
+        moot = error is not None and (progress.finished is not None or error[1] not in self.active)
+        error = None if moot else error
         signal_number = max(step.signal for step in steps)
         now = time.monotonic()
         if now - self._answered > STEP_SECONDS:
@@ -359,32 +374,36 @@ class _Judge:
         return _Verdict(
             [n for n in columns if n in self.active],
             self.rows,
-            replan=progress.finished is not None or stop >= min(plan.stop, self.limit),
+            replan=progress.finished is not None or moot or stop >= min(plan.stop, self.limit),
             signal=signal_number,
-            error=error[1] if error else None,
+            error=error[2] if error else None,
         )
 
-    def _check(self, steps: list[_Step], columns: list[int]) -> tuple[int, str] | None:
-        """The first usable image with a score that is not a number, and what to say of it."""
+    def _check(self, steps: list[_Step], columns: list[int]) -> tuple[int, int, str] | None:
+        """The first usable image with a score that is not a number, whose it is, and what to say of it."""
         found = []
         for step in steps:
             usable = np.array([reason is None for reason in step.reasons], dtype=bool)
             for place, n in enumerate(columns):
                 if n in self.active:
                     for row in np.flatnonzero(usable & np.isnan(step.scores[:, place, 0]))[:1]:
-                        found.append(
-                            (int(step.positions[row]), step.keys[row], self.teachers[n].name)
-                        )
+                        found.append((int(step.positions[row]), n, step.keys[row]))
         if not found:
             return None
-        position, key, name = min(found)
-        return position, (
-            f"{name} gives NaN or infinite tokens for the image '{key}': its weights are damaged, or the "
-            f"network does not bear --dtype {self.settings.dtype}"
+        position, n, key = min(found)
+        return (
+            position,
+            n,
+            f"{self.teachers[n].name} gives NaN or infinite tokens for the image '{key}': its weights are "
+            f"damaged, or the network does not bear --dtype {self.settings.dtype}",
         )
 
-    def _add_mean_tokens(self, steps: list[_Step], columns: list[int], stop: int) -> None:
-        """Add images one by one in their order, so that the sum is the same for any number of processes."""
+    def _add_mean_tokens(self, steps: list[_Step], columns: list[int]) -> None:
+        """Add images one by one in their order, so that the sum is the same for any number of processes.
+
+        Those behind the look that ended the run are left out, as their scores are: another teacher may
+        join, and the run go on from that look.
+        """
         rows: list[tuple[int, list[NDArray[np.float32]]]] = []
         for step in steps:
             usable = [
@@ -393,12 +412,10 @@ class _Judge:
             rows += [(p, [tokens[i] for tokens in step.mean_tokens]) for i, p in enumerate(usable)]
         progress = self.table.progress
         for position, tokens in sorted(rows, key=lambda row: row[0]):
-            if position >= stop:
-                break
             for place, n in enumerate(columns):
-                if n not in self.active:
-                    continue
                 name = self.teachers[n].name
+                if position >= progress.measured[name]:
+                    continue
                 total = progress.token_sums.get(name, np.zeros(len(tokens[place])))
                 progress.token_sums[name] = total + tokens[place]
                 progress.usable[name] += 1
@@ -408,13 +425,12 @@ class _Judge:
         progress, looked = self.table.progress, False
         while progress.finished is None:
             front = min(progress.measured[self.teachers[n].name] for n in self.active)
-            # A resumed run goes on at the look it was at: earlier ones were judged when they were due.
-            ahead = self.looks[self.looks >= max(self.judged + 1, progress.look)]
+            ahead = self.looks[self.looks >= max(self.judged + 1, self.resumed)]
             if not len(ahead) or ahead[0] > front:
                 break
             look = int(ahead[0])
             self.certifier.update(self.table.rows(self.judged, look))
-            self.judged = progress.look = look
+            self.judged = look
             looked = True
             dropped = self._decide(self.certifier.certificate())
             for n in dropped:
@@ -436,21 +452,15 @@ class _Judge:
                 if self.limit < (self.settings.max_images or ENDLESS)
                 else "max images"
             )
-        better = {(p.first, p.second) for p in certificate.pairs if p.state == "decided"}
-        settled = better | {
-            q
-            for p in certificate.pairs
-            if p.state == "tie"
-            for q in ((p.first, p.second), (p.second, p.first))
-        }
         if self.mode == "order" and certificate.certified:
             progress.finished = "order certified"
-        if self.mode != "best":
-            return []
-        rivals = [n for n in self.eligible if n in self.active]
-        if any(all((n, m) in settled for m in self.eligible if m != n) for n in rivals):
+        if self.mode == "best" and certified_best(certificate, self.eligible):
             progress.finished = "best certified"
-        return [m for m in self.active if any((n, m) in better for n in rivals)]
+        # At the limit nothing is saved by a drop, and with more images allowed the next look is another.
+        if self.mode != "best" or self.judged >= self.limit:
+            return []
+        better = decided_pairs(certificate)
+        return [m for m in self.active if any((n, m) in better for n in self.eligible)]
 
 
 @dataclass

@@ -6,7 +6,9 @@ needed to load each teacher again, with the sha256 of its weights.
 
 import csv
 import dataclasses
+import errno
 import io
+import itertools
 import json
 import os
 import platform
@@ -55,7 +57,7 @@ class RankedTeacher:
         mean_similarity: mean over the images of the token similarity. diversity: 1 - that.
         ci_low, ci_high: confidence sequence of the mean similarity over all of DATA; those of all
             teachers hold together with the run's confidence.
-        images: usable images measured.
+        images: usable images measured. dtype: of the forward passes that the scores hold for.
         centred_similarity: of tokens minus the teacher's mean token; None where there were too few images.
         similarity_7x7: of tokens pooled to a 7 x 7 grid; None for a coarser grid.
     """
@@ -69,6 +71,7 @@ class RankedTeacher:
     ci_low: float
     ci_high: float
     images: int
+    dtype: str
     centred_similarity: float | None
     similarity_7x7: float | None
 
@@ -168,8 +171,9 @@ class Ranking:
             remarks.append(
                 "One teacher alone: it was measured, with an interval; there is nothing to order."
             )
+        wanted = self.settings["certify"] != "best" or not certificate["best_certified"]
         for pair in certificate["pairs"]:
-            if pair["state"] == "open":
+            if pair["state"] == "open" and wanted:
                 more = pair["more_images"]
                 about = (
                     f"about {more:,} images more would settle it"
@@ -291,12 +295,35 @@ def eligible_teachers(specs: Sequence[TeacherSpec], allow_baselines: bool) -> li
     return list(range(len(specs))) if allow_baselines or not trained else trained
 
 
+def decided_pairs(certificate: Certificate) -> set[tuple[int, int]]:
+    """All (n, m) where n is certified to be more diverse than m, also by way of others.
+
+    A teacher that was dropped is no longer compared, but whoever beats what beat it beats it too; all
+    decisions hold together with the certificate's confidence, hence so does what follows from them.
+    """
+    better = {(p.first, p.second) for p in certificate.pairs if p.state == "decided"}
+    for k, n, m in itertools.product(range(len(certificate.order)), repeat=3):
+        if (n, k) in better and (k, m) in better:
+            better.add((n, m))
+    return better
+
+
+def certified_best(certificate: Certificate, eligible: Sequence[int]) -> list[int]:
+    """The eligible teachers that are decided or tied against every other eligible one."""
+    settled = decided_pairs(certificate)
+    for pair in certificate.pairs:
+        if pair.state == "tie":
+            settled |= {(pair.first, pair.second), (pair.second, pair.first)}
+    return [n for n in eligible if all((n, m) in settled for m in eligible if m != n)]
+
+
 def make_ranking(
     table: ScoreTable,
     certificate: Certificate,
     specs: Sequence[TeacherSpec],
     source: "Source",
     settings: "Settings",
+    dtypes: dict[str, str],
     rates: dict[str, float],
 ) -> Ranking:
     """Put the teachers in order, with the intervals of their means.
@@ -340,12 +367,13 @@ def make_ranking(
                 ci_low=float(bounds.low[-1]),
                 ci_high=float(bounds.high[-1]),
                 images=int((~np.isnan(x)).sum()),
+                dtype=dtypes[spec.name],
                 centred_similarity=_mean(centred[:, n]),
                 similarity_7x7=_mean(pooled[:, n]),
             )
         )
-    eligible = {specs[n].name for n in eligible_teachers(specs, settings.allow_baselines)}
-    best = next(row for row in rows if row.name in eligible)
+    eligible = eligible_teachers(specs, settings.allow_baselines)
+    best = next(row for n, row in zip(certificate.order, rows) if n in eligible)
     return Ranking(
         data={
             "source": source.name,
@@ -368,16 +396,17 @@ def _mean(values: np.ndarray) -> float | None:
 
 
 def _named(
-    certificate: Certificate, names: list[str], best: str, eligible: set[str]
+    certificate: Certificate, names: list[str], best: str, eligible: list[int]
 ) -> dict[str, Any]:
-    """The certificate as JSON, its pairs by name, and who shares the first place."""
+    """The certificate as JSON, its pairs by name, whether it holds for the winner, and who shares its place."""
     content = certificate.to_dict()
     for pair in content["pairs"]:
         pair["first"], pair["second"] = names[pair["first"]], names[pair["second"]]
     content["order"] = [names[n] for n in certificate.order]
     ties = [{p["first"], p["second"]} for p in content["pairs"] if p["state"] == "tie"]
+    content["best_certified"] = len(names) > 1 and bool(certified_best(certificate, eligible))
     content["co_winners"] = [
-        name for name in content["order"] if {best, name} in ties and name in eligible
+        names[n] for n in certificate.order if {best, names[n]} in ties and n in eligible
     ]
     return content
 
@@ -400,33 +429,44 @@ def open_run(
         if folder.exists() and not folder.is_dir():
             raise UsageError(f"-o {folder}: is a file; give a folder")
         config = folder / "config.json"
-        if folder.is_dir() and any(folder.iterdir()):
+        # A run killed at its very start leaves no more than an unfinished config.
+        if folder.is_dir() and any(f.name != ".config.json.part" for f in folder.iterdir()):
             if not config.is_file():
                 raise UsageError(
                     f"-o {folder}: the folder is not empty and holds no run; give another one"
                 )
             if resume:
-                _check_same(json.loads(config.read_text()), folder, source, settings, specs)
+                _check_same(_old_config(config), folder, source, settings, specs)
             else:
                 folder.rename(_free_backup(folder))
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        write_whole(config, json.dumps(_config(source, settings, specs), indent=2) + "\n")
         state = folder / "state"
-        state.mkdir(parents=True, exist_ok=True)
-        if not os.access(state, os.W_OK):
-            raise PermissionError(13, "Permission denied")
+        state.mkdir(exist_ok=True)
     except OSError as error:
         raise UsageError(
             f"-o {folder}: cannot be written to ({error.strerror}); give another folder"
         ) from None
-    except json.JSONDecodeError:
-        raise UsageError(
-            f"-o {folder}: its config.json is damaged; start anew with --no-resume"
-        ) from None
-    write_whole(config, json.dumps(_config(source, settings, specs), indent=2) + "\n")
     return state
 
 
+def _old_config(file: Path) -> dict[str, Any]:
+    try:
+        old = json.loads(file.read_text(encoding="utf-8"))
+        if old["schema_version"] == SCHEMA_VERSION and {"data", "settings", "teachers"} <= set(old):
+            return old
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise UsageError(
+        f"-o {file.parent}: its config.json is not that of a ranking, or damaged; give another folder, or "
+        f"start anew with --no-resume"
+    )
+
+
 def _free_backup(folder: Path) -> Path:
-    number = 1
+    folder, number = folder.resolve(), 1
     while (backup := folder.with_name(f"{folder.name}.bak-{number}")).exists():
         number += 1
     return backup

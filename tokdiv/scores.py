@@ -42,7 +42,6 @@ class Progress:
     Attributes:
         measured: per teacher, how many positions of the order it has seen: all of [0, measured).
         dropped: the teachers that are out, with the image count at which they left.
-        look: the last image count at which the certificate was judged.
         finished: the reason why the run ended, or None.
         usable: per teacher, how many images its mean token holds so far.
         token_sums: per teacher, the float64 sum (C,) of the images' mean tokens, added in image order.
@@ -50,7 +49,6 @@ class Progress:
 
     measured: dict[str, int] = field(default_factory=dict)
     dropped: dict[str, int] = field(default_factory=dict)
-    look: int = 0
     finished: str | None = None
     usable: dict[str, int] = field(default_factory=dict)
     token_sums: dict[str, NDArray[np.float64]] = field(default_factory=dict)
@@ -160,9 +158,7 @@ class ScoreTable:
             write_whole(self.folder / f"scores-{number:05d}.parquet", self._parquet(number))
         self._changed.clear()
         progress = self.progress
-        fields = {
-            k: getattr(progress, k) for k in ("measured", "dropped", "look", "finished", "usable")
-        }
+        fields = {k: getattr(progress, k) for k in ("measured", "dropped", "finished", "usable")}
         sums = {name: np.ascontiguousarray(total) for name, total in progress.token_sums.items()}
         data = safetensors.numpy.save(sums, metadata={"progress": json.dumps(fields)})
         write_whole(self.folder / "progress.safetensors", data)
@@ -171,7 +167,8 @@ class ScoreTable:
         """Take up what `save` stored, for those of its teachers that are among this table's.
 
         A damaged chunk, which a power cut can leave on a disk that does not keep its promises, ends the
-        measured stretch before it: its images are measured again.
+        measured stretch before it: its images are measured again. So are all where the mean tokens hold
+        some of them, as a sum cannot be taken apart.
         """
         assert self.folder is not None, "a table in memory has nothing to load"
         path = self.folder / "progress.safetensors"
@@ -189,7 +186,8 @@ class ScoreTable:
                 end = number * CHUNK
                 break
         whole = end == max(stored["measured"].values(), default=0)
-        if not whole and end == 0:
+        if end - self.unusable(end) < max(stored["usable"].values(), default=0):
+            self.reasons.clear()
             return
         names = set(self.teachers)
         progress = self.progress
@@ -197,14 +195,14 @@ class ScoreTable:
         progress.usable |= {k: v for k, v in stored["usable"].items() if k in names}
         progress.token_sums = {k: v for k, v in sums.items() if k in names}
         progress.dropped = {k: v for k, v in stored["dropped"].items() if k in names and v <= end}
-        progress.look = min(stored["look"], end)
         progress.finished = stored["finished"] if whole else None
         self.reasons = {p: r for p, r in self.reasons.items() if p < end}
 
     def _load_chunk(self, number: int) -> bool:
         assert self.folder is not None
         try:
-            table = pq.read_table(self.folder / f"scores-{number:05d}.parquet")
+            path = self.folder / f"scores-{number:05d}.parquet"
+            table = pq.read_table(path, page_checksum_verification=True)
         except (OSError, pa.ArrowException):
             return False
         columns = [
@@ -229,7 +227,7 @@ class ScoreTable:
 
     def _parquet(self, number: int) -> bytes:
         start = number * CHUNK
-        stop = min(start + CHUNK, self.front)
+        stop = max(start, min(start + CHUNK, self.front))  # a run may end before what it measured
         positions = range(start, stop)
         columns: dict[str, Any] = {
             "position": np.arange(start, stop),
@@ -241,7 +239,7 @@ class ScoreTable:
                 values = self._chunks[number][: stop - start, column, index]
                 columns[f"{measure}:{name}"] = pa.array(values, from_pandas=True)
         buffer = io.BytesIO()
-        pq.write_table(pa.table(columns), buffer)
+        pq.write_table(pa.table(columns), buffer, write_page_checksum=True)
         return buffer.getvalue()
 
 

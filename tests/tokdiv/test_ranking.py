@@ -1,0 +1,191 @@
+"""RUN/ranking.json: the hand-over holds what the contract says, and comes back as it was."""
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from fakes import SIZE, coded_tar, coded_teacher, similarities
+
+import tokdiv
+from tokdiv.certify import certify_order
+from tokdiv.errors import UsageError
+from tokdiv.ranking import certified_best, decided_pairs
+
+COUNT = 200
+TINY = {"workers": 2, "dtype": "float32", "device": "cpu", "image_size": SIZE}
+COLUMNS = similarities(COUNT, 0.30, 0.303, 0.6)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    data = coded_tar(folder / "images.tar", COUNT, broken=(3,))
+    teachers = [coded_teacher(name, column) for name, column in zip("xyz", COLUMNS)]
+    tokdiv.rank(data, [*teachers, "hog", "pixels"], folder / "RUN", **TINY)
+    return folder / "RUN"
+
+
+@pytest.fixture(scope="module")
+def content(run: Path) -> dict:
+    return json.loads(
+        (run / "ranking.json").read_text(),
+        parse_constant=lambda text: pytest.fail(f"{text} is no JSON"),
+    )
+
+
+def test_run_holds_the_files_of_the_contract(run: Path) -> None:
+    names = {path.name for path in run.iterdir()}
+    assert names >= {
+        "ranking.json",
+        "ranking.csv",
+        "scores.parquet",
+        "skipped.csv",
+        "similarity.png",
+        "config.json",
+    }
+    assert not [name for name in names if name.startswith(".")]  # temporary files
+
+
+def test_fields_of_the_hand_over(content: dict) -> None:
+    assert set(content) == {
+        "schema_version",
+        "data",
+        "settings",
+        "certificate",
+        "teachers",
+        "best",
+    }
+    assert {"source", "count", "fingerprint"} <= set(content["data"])
+    assert content["data"]["count"] == COUNT
+    assert {"certified", "confidence", "pairs"} <= set(content["certificate"])
+    assert content["certificate"]["confidence"] == 0.99
+    required = {
+        "name",
+        "rank",
+        "baseline",
+        "spec",
+        "mean_similarity",
+        "diversity",
+        "ci_low",
+        "ci_high",
+    }
+    for place, teacher in enumerate(content["teachers"], start=1):
+        assert required | {"images", "centred_similarity", "similarity_7x7"} <= set(teacher)
+        assert teacher["rank"] == place
+        assert teacher["diversity"] == pytest.approx(1 - teacher["mean_similarity"])
+        assert teacher["ci_low"] <= teacher["mean_similarity"] <= teacher["ci_high"]
+        assert teacher["images"] == COUNT - 1
+        assert {"architecture", "weights", "sha256", "mean", "std", "size"} <= set(teacher["spec"])
+    assert content["best"] == "x"
+    assert {t["name"] for t in content["teachers"] if t["baseline"]} == {"hog", "pixels"}
+
+
+def test_pairs_name_the_more_diverse_teacher_first(content: dict) -> None:
+    pairs = content["certificate"]["pairs"]
+    assert len(pairs) == 10
+    means = {t["name"]: t["mean_similarity"] for t in content["teachers"]}
+    for pair in pairs:
+        assert pair["state"] in ("decided", "tie", "open")
+        gap = means[pair["second"]] - means[pair["first"]]
+        assert pair["gap"] == pytest.approx(gap, abs=1e-6)
+        assert pair["low"] <= pair["gap"] <= pair["high"]
+    states = {frozenset((p["first"], p["second"])): p["state"] for p in pairs}
+    assert states[frozenset("xz")] == "decided"
+
+
+def test_the_spreadsheet_is_the_same_table(run: Path, content: dict) -> None:
+    table = pd.read_csv(run / "ranking.csv")
+    for column in ("name", "rank", "baseline", "images"):
+        assert table[column].tolist() == [t[column] for t in content["teachers"]]
+    for column in ("mean_similarity", "diversity", "ci_low", "ci_high"):
+        expected = [t[column] for t in content["teachers"]]
+        np.testing.assert_allclose(table[column], expected, rtol=1e-12)
+
+
+def test_skipped_images_are_quoted_as_csv(run: Path) -> None:
+    with (run / "skipped.csv").open(newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["key", "reason"] and len(rows) == 2 and len(rows[1]) == 2
+    assert rows[1][0].endswith("0003.png")
+
+
+def test_config_tells_how_it_was_made(run: Path) -> None:
+    config = json.loads((run / "config.json").read_text())
+    assert {"command", "data", "settings", "teachers", "versions"} <= set(config)
+    assert config["settings"]["seed"] == 0
+    assert {"tokdiv", "torch", "timm"} <= set(config["versions"])
+
+
+def test_a_ranking_comes_back_as_it_was(run: Path, content: dict) -> None:
+    for path in (run, run / "ranking.json", str(run)):
+        ranking = tokdiv.load_ranking(path)
+        assert ranking.to_dict() == {**content, "teachers": ranking.to_dict()["teachers"]}
+        assert json.loads(json.dumps(ranking.to_dict())) == content
+    assert isinstance(ranking.best, tokdiv.TeacherSpec) and ranking.best.name == "x"
+    assert ranking.table["name"].tolist() == [t["name"] for t in content["teachers"]]
+    hog = tokdiv.load_teacher(ranking["hog"].spec)
+    assert (hog.num_tokens, hog.dim, hog.size) == (4, 108, SIZE)
+
+
+def change(key: str, value: object) -> Callable[[dict], dict]:
+    return lambda content: {**content, key: value}
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (change("schema_version", 99), "has schema version 99, expected 1"),
+        (change("teachers", [{"name": "x"}]), "is no ranking of tokdiv"),
+        (lambda content: {}, "is no ranking of tokdiv"),
+        (lambda content: [], "is no ranking of tokdiv"),
+    ],
+)
+def test_what_is_no_ranking_is_refused(
+    content: dict, tmp_path: Path, edit: Callable[[dict], dict], said: str
+) -> None:
+    (tmp_path / "ranking.json").write_text(json.dumps(edit(content)))
+    with pytest.raises(UsageError, match=said):
+        tokdiv.load_ranking(tmp_path)
+    (tmp_path / "ranking.json").write_text("{")
+    with pytest.raises(UsageError, match="is no ranking of tokdiv"):
+        tokdiv.load_ranking(tmp_path)
+
+
+def test_what_is_not_there_is_said(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "gone", tmp_path / "gone.json"):
+        with pytest.raises(UsageError, match="no such ranking"):
+            tokdiv.load_ranking(path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UsageError, match="not finished"):
+        tokdiv.load_ranking(tmp_path)
+
+
+def test_what_beats_a_winner_beats_whom_it_beat() -> None:
+    """1 beats 2, which is then dropped before 0 could be compared to it; later 0 beats 1."""
+    scores = np.tile([0.3, 0.3, 0.6], (1000, 1))
+    scores[:, 0] = np.where(np.arange(1000) < 35, 0.4, 0.0)
+    scores[35:, 2] = np.nan
+    certificate = certify_order(scores, 1000, 0.2, 0.0)
+    states = {(pair.first, pair.second): pair.state for pair in certificate.pairs}
+    assert states == {(0, 1): "decided", (1, 2): "decided", (0, 2): "open"}
+    assert decided_pairs(certificate) == {(0, 1), (1, 2), (0, 2)}
+    assert certified_best(certificate, [0, 1, 2]) == [0]
+
+
+@pytest.mark.parametrize(("eligible", "best"), [([0, 1, 2], [0]), ([1, 2], [1]), ([2], [2])])
+def test_the_best_is_the_one_that_is_settled_against_all_eligible(
+    eligible: list[int], best: list[int]
+) -> None:
+    scores = np.tile([0.1, 0.4, 0.7], (500, 1))
+    certificate = certify_order(scores, 500, 0.01, 0.002)
+    assert certified_best(certificate, eligible) == best
+
+
+def test_equal_teachers_are_both_the_best() -> None:
+    scores = np.tile([0.1, 0.1, 0.7], (500, 1))
+    certificate = certify_order(scores, 500, 0.01, 0.002)
+    assert certified_best(certificate, [0, 1, 2]) == [0, 1]
