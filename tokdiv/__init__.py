@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tokdiv.certify import certify_order, confidence_sequence
     from tokdiv.measure import rank
+    from tokdiv.metric import TokenSimilarity
     from tokdiv.ranking import Ranking, load_ranking
-    from tokdiv.similarity import TokenSimilarity, token_similarity
+    from tokdiv.similarity import token_similarity
     from tokdiv.spec import TeacherSpec, parse_specs
     from tokdiv.teacher import Teacher, load_teacher
 
@@ -20,7 +21,7 @@ _HOME = {
     "Ranking": "ranking",
     "Teacher": "teacher",
     "TeacherSpec": "spec",
-    "TokenSimilarity": "similarity",
+    "TokenSimilarity": "metric",
     "certify_order": "certify",
     "confidence_sequence": "certify",
     "load_ranking": "ranking",

@@ -1,5 +1,6 @@
 """The command line: parse, call, print. Torch is imported inside the commands, so that help comes at once."""
 
+import itertools
 import json
 import os
 import sys
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tokdiv import __version__
-from tokdiv.errors import RunError, UsageError
+from tokdiv.errors import Interrupted, RunError, SharedError, UsageError
 
 if TYPE_CHECKING:
     from tokdiv.ranking import Ranking
@@ -283,13 +284,20 @@ def _ranking_text(ranking: "Ranking", out: Path) -> str:
     seen, count = ranking.data["images"], ranking.data["count"]
     lines.append(
         f"{state} at {certificate['confidence']:.6g} confidence from {seen:,} of "
-        f"{count if count is None else format(count, ',')} images, scored in {ranking.settings['dtype']}."
+        f"{count if count is None else format(count, ',')} images, scored in {_dtypes(ranking)}."
     )
     lines.append(
         f"Written to {out}: ranking.json, ranking.csv, scores.parquet, skipped.csv, similarity.png"
     )
     lines.append(f"Best teacher: {best.name} (diversity {best.diversity:.4f})")
     return "\n".join(lines)
+
+
+def _dtypes(ranking: "Ranking") -> str:
+    """ "bfloat16", or "bfloat16 (a, b in float32)" where some teachers were measured otherwise."""
+    asked = ranking.settings["dtype"]
+    others = [teacher.name for teacher in ranking.teachers if teacher.dtype != asked]
+    return f"{asked} ({', '.join(others)} in float32)" if others else asked
 
 
 def main() -> None:
@@ -306,9 +314,13 @@ def run(application: typer.Typer) -> int:
         code = application(standalone_mode=False)
         return code if isinstance(code, int) else 0
     except UsageError as error:
-        return _fail(error, 2)
+        return _fail(error, 2, shared=True)
+    except SharedError as error:
+        return _fail(error, 1, shared=True)
     except RunError as error:
         return _fail(error, 1)
+    except Interrupted as error:
+        return _fail(error, 128 + error.signal, shared=True)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except BrokenPipeError:
@@ -317,15 +329,11 @@ def run(application: typer.Typer) -> int:
         )  # the reader of our output left
         return 1
     except Exception as error:
-        if type(error).__name__ == "Interrupted":
-            return _fail(error, 128 + error.signal)  # type: ignore[attr-defined]
         if type(error).__name__ == "NoArgsIsHelpError":
             print(error.format_message(), file=sys.stderr)  # type: ignore[attr-defined]
             return 2
-        if hasattr(error, "exit_code") and hasattr(
-            error, "format_message"
-        ):  # click's own mistakes in the call
-            return _fail(error.format_message(), 2)
+        if hasattr(error, "exit_code") and hasattr(error, "format_message"):
+            return _fail(_with_value(error), 2)  # click's own mistakes in the call
         if type(error).__name__ == "Abort":
             return _fail("interrupted", 130)
         if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
@@ -335,6 +343,19 @@ def run(application: typer.Typer) -> int:
         raise
 
 
-def _fail(message: object, code: int) -> int:
+def _with_value(error: Any) -> str:
+    """Click's message of a mistake, with the value that was given where it leaves it out."""
+    message = str(error.format_message())
+    for option in getattr(getattr(error, "param", None), "opts", ()):
+        values = [value for given, value in itertools.pairwise(sys.argv) if given == option]
+        if values and values[0] not in message:
+            return f"{option} {values[0]}: {message}"
+    return message
+
+
+def _fail(message: object, code: int, shared: bool = False) -> int:
+    """One line on stderr; of what all processes of a run know, only the first one speaks."""
+    if shared and not _is_first_process():
+        return code
     print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
     return code

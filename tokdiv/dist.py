@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as distributed
 
-from tokdiv.errors import RunError, UsageError
+from tokdiv.errors import SharedError, UsageError
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def _peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise RunError(
+        raise SharedError(
             f"another process of this run ended ({str(error).splitlines()[0][:120]}); what was saved is whole: "
             f"the same command goes on from there"
         ) from error

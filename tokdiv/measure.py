@@ -30,7 +30,7 @@ from tqdm import tqdm
 from tokdiv.certify import Certificate, OrderCertifier, look_schedule
 from tokdiv.data import Batch, Source, open_source, permutation, read_batches
 from tokdiv.dist import Processes, choose_dtype, processes
-from tokdiv.errors import RunError, UsageError
+from tokdiv.errors import Interrupted, SharedError, UsageError
 from tokdiv.ranking import (
     Ranking,
     certified_best,
@@ -95,16 +95,6 @@ class Settings:
             raise UsageError(f"image_size = {self.image_size}: expected pixels, or 'native'")
 
 
-class Interrupted(Exception):
-    """SIGINT or SIGTERM came; the state is stored. `signal` is its number."""
-
-    def __init__(self, number: int, images: int) -> None:
-        super().__init__(
-            f"interrupted after {images:,} images; the same command goes on from there"
-        )
-        self.signal = number
-
-
 def rank(
     data: str | os.PathLike[str],
     teachers: Sequence[str | TeacherSpec | Teacher],
@@ -136,8 +126,9 @@ def rank(
     chosen = Settings(**settings)
     with processes(chosen.device) as group, _interruptible() as interruption:
         source = open_source(os.fspath(data))
-        if source.warning and group.rank == 0:
-            print(f"warning: {source.warning}", file=sys.stderr)
+        warned = _warn(source.warnings, group)
+        if out and Path(data).is_dir() and Path(out).resolve().is_relative_to(Path(data).resolve()):
+            _warn([f"-o {out} lies inside DATA: its pictures are images of the next run"], group)
         chosen = dataclasses.replace(chosen, dtype=choose_dtype(chosen.dtype, group.device))  # type: ignore[arg-type]
         loaded = _load(teachers, chosen, source, group)
         order = (
@@ -172,9 +163,17 @@ def rank(
             dtypes,
             rates,
         )
+        _warn(source.warnings[warned:], group)
         if out:
             ranking.write(Path(out), table)
         return group.broadcast(ranking)
+
+
+def _warn(warnings: Sequence[str], group: Processes) -> int:
+    """Print warnings once, by the first process; returns how many there were."""
+    for warning in warnings if group.rank == 0 else ():
+        print(f"warning: {warning}", file=sys.stderr)
+    return len(warnings)
 
 
 def _measure(judge: "_Judge | None", worker: "_Worker") -> None:
@@ -192,7 +191,7 @@ def _measure(judge: "_Judge | None", worker: "_Worker") -> None:
                 verdict: _Verdict = group.broadcast(answer)
                 bar.update(max(0, stop - bar.n))
                 if verdict.error:
-                    raise RunError(verdict.error)
+                    raise SharedError(verdict.error)
                 if verdict.signal:
                     raise Interrupted(verdict.signal, stop)
                 if verdict.replan:

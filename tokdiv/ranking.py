@@ -72,8 +72,8 @@ class RankedTeacher:
     ci_high: float
     images: int
     dtype: str
-    centred_similarity: float | None
-    similarity_7x7: float | None
+    centred_similarity: float | None = None
+    similarity_7x7: float | None = None
 
 
 @dataclass(frozen=True)

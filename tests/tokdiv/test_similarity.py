@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tokdiv.similarity import TokenSimilarity, cosine_map, pooled_similarity, token_similarity
+from tokdiv.metric import TokenSimilarity
+from tokdiv.similarity import cosine_map, pooled_similarity, token_similarity
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> float:
