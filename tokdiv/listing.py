@@ -11,7 +11,10 @@ if TYPE_CHECKING:
 
 def zoo_json() -> list[dict[str, Any]]:
     """Every teacher of the zoo, with whether its weights are on this machine."""
-    return [spec.to_dict() | {"cached": _cached(spec.weights)} for spec in ZOO.values()]
+    return [
+        spec.to_dict() | {"K": spec.num_tokens, "C": spec.dim, "cached": _cached(spec.weights)}
+        for spec in ZOO.values()
+    ]
 
 
 def zoo_table() -> str:
