@@ -45,9 +45,9 @@ from tokdiv.spec import CUSTOM, TeacherSpec
 from tokdiv.teacher import Teacher, load_teachers
 
 MEAN_IMAGES = 256  # usable images that the mean token of `centred_similarity` is taken from
-SAVE_SECONDS = 20  # between two stores of the scores: less than half a minute of work can be lost
+SAVE_SECONDS = 12  # the first step to end later than this after a store is stored as well
 STEP_SECONDS = (
-    8  # a slower batch is measured in pieces, so that stores and signals need not wait for it
+    15  # a slower step is halved, so that at most the sum of both can be lost: under half a minute
 )
 COMPILE_IMAGES = (
     50_000  # --compile auto: on a GPU, a minute or two of compilation pays from about here
@@ -363,7 +363,7 @@ class _Judge:
         now = time.monotonic()
         if now - self._answered > STEP_SECONDS:
             self.rows = max(1, self.rows // 2)
-        elif now - self._answered < STEP_SECONDS / 4:
+        elif now - self._answered < STEP_SECONDS / 2.5:
             self.rows = min(self.settings.batch_size, self.rows * 2)
         ends = bool(progress.finished or error or signal_number)
         if looked or ends or now - self._saved > SAVE_SECONDS:

@@ -8,7 +8,13 @@ from small import SMALL, make_model, make_teacher
 from img2vec.config import make_config
 from img2vec.data import Batch
 from img2vec.masking import draw_mask
-from img2vec.model import make_student, resolve_blocks, sine_positions
+from img2vec.model import (
+    _last_tokens,
+    choose_attention,
+    make_student,
+    resolve_blocks,
+    sine_positions,
+)
 from img2vec.pretrain import image_losses
 from tokdiv.errors import UsageError
 
@@ -282,3 +288,23 @@ def test_blocks_are_all_the_last_or_numbers():
     for text in ("3", "-1", "first", "0,,1", ""):
         with pytest.raises(UsageError, match="expected all, last, or numbers from 0 to 2"):
             resolve_blocks(text, 3)
+
+
+def test_the_decoders_last_block_computes_what_is_read_and_nothing_else():
+    block = make_model(decoder_depth=1).decoder_blocks[0].double()
+    tokens = torch.randn(2, 17, 32, dtype=torch.float64)
+    torch.testing.assert_close(_last_tokens(block, tokens, 6), block(tokens)[:, -6:])
+    block.attn.fused_attn = False
+    torch.testing.assert_close(_last_tokens(block, tokens, 6), block(tokens)[:, -6:])
+
+
+def test_both_kinds_of_attention_give_the_same_losses():
+    losses = []
+    for dtype in ("float32", "bfloat16"):
+        model, teacher = make_model(), make_teacher()
+        choose_attention(model, torch.device("cpu"), dtype)
+        assert model.encoder.blocks[0].attn.fused_attn is (dtype == "float32")
+        config = make_config(options=SMALL)
+        batch = _batch(model, 3)
+        losses.append(image_losses(model, teacher, batch, model.layout, config, NO_AUTOCAST)[0])
+    torch.testing.assert_close(*losses, atol=1e-6, rtol=1e-6)
