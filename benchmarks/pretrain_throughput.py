@@ -1,0 +1,418 @@
+"""Images per second of a pretraining step, beside the implementations a user would pick instead.
+
+    python benchmarks/pretrain_throughput.py                  # a CPU: ViT-S, batch 16
+    python benchmarks/pretrain_throughput.py --device cuda --student vit_base --batch-size 256
+
+The same student (depth, widths, 80 of 196 patches visible, the same decoder), batch and fused AdamW for all:
+`pixels` as the teacher against lightly's masked-autoencoder modules and Hugging Face's
+ViTMAEForPreTraining; then a ResNet-50 teacher against the bound made of the bare student step plus the
+bare teacher's forward pass. Ours is timed as it is used, from uint8 images; the peers get normalised float
+images. Variants take turns within a repeat, and figures are medians of the repeats' ratios. Peak memory is
+that of a step in a process of its own, over what the process held before.
+
+Needs `pip install lightly transformers`. Writes results/pretrain_throughput.{json,md}.
+"""
+
+import argparse
+import gc
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from img2vec.config import Config, make_config
+from img2vec.data import Batch
+from img2vec.loss import global_loss, make_targets, patch_loss
+from img2vec.masking import draw_mask, plan_layout, split_indices
+from img2vec.model import Img2Vec, choose_attention, make_student
+from img2vec.optim import make_optimizer
+from img2vec.pretrain import image_losses
+from tokdiv import load_teacher
+
+Step = Callable[[], None]
+RESULTS = Path(__file__).parent / "results"
+RESNET = "timm:resnet50@random"  # speed does not depend on the weights
+HIDDEN = 116  # of 196 patches: what round(0.6 * 49) blocks of 32 px hide
+PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense, from NVIDIA's data sheets
+
+
+def batch_of(count: int, num_units_masked: Callable[[int], np.ndarray], device: str) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (count, 3, 224, 224), generator=generator).to(torch.uint8)
+    masks = torch.from_numpy(np.stack([num_units_masked(i) for i in range(count)]))
+    return Batch(np.arange(count), images, masks, torch.ones(count)).to(torch.device(device))
+
+
+def ours(
+    arguments: argparse.Namespace,
+    dtype: str,
+    teacher_spec: str,
+    part: str = "whole",
+    **options: object,
+) -> Step:
+    """One step of img2vec: "whole", the "student" alone on fixed targets, or the "teacher" alone."""
+    config: Config = make_config(arguments.student, options=options)
+    device = arguments.device
+    teacher = load_teacher(teacher_spec, device=device, dtype=dtype)
+    layout = plan_layout(224, 16, 32, 0.6, teacher.grid)
+    model = Img2Vec(make_student(config), layout, teacher.dim, config).to(device)
+    choose_attention(model, torch.device(device), dtype)
+    if device == "cuda":
+        teacher.prepare(device, dtype, compile=True)
+        model.compile()
+    optimizer = make_optimizer(model, config.weight_decay)
+    batch = batch_of(arguments.batch_size, lambda i: draw_mask(layout, 0, 0, i), device)
+    autocast = torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
+
+    def update(patch: torch.Tensor, whole: torch.Tensor) -> None:
+        (patch + config.global_weight * whole).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    if part == "teacher":
+
+        def step() -> None:
+            teacher(batch.images)
+
+    elif part == "student":
+        tokens = teacher(batch.images)
+        targets = make_targets(tokens, teacher.grid, layout, config.target_norm)
+        masked = split_indices(batch.masks, layout)[2]
+
+        def step() -> None:
+            with autocast:
+                prediction = model(batch.images, batch.masks)
+            patch = patch_loss(prediction.tokens, targets, masked)
+            whole = torch.zeros_like(patch)
+            if prediction.image is not None:
+                whole = global_loss(prediction.image, targets)
+            update(patch, whole)
+
+    else:
+
+        def step() -> None:
+            patch, whole, _ = image_losses(model, teacher, batch, layout, config, autocast)
+            update(patch, whole)
+
+    return step
+
+
+def hugging_face(arguments: argparse.Namespace, dtype: str) -> Step:
+    """ViTMAEForPreTraining with the student's and the decoder's sizes, SDPA attention."""
+    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+    encoder, config = sizes(arguments)
+    settings = ViTMAEConfig(
+        hidden_size=encoder.embed_dim,
+        num_hidden_layers=len(encoder.blocks),
+        num_attention_heads=encoder.blocks[0].attn.num_heads,
+        intermediate_size=4 * encoder.embed_dim,
+        decoder_hidden_size=config.decoder_dim,
+        decoder_num_hidden_layers=config.decoder_depth,
+        decoder_num_attention_heads=config.decoder_dim // 32,
+        decoder_intermediate_size=4 * config.decoder_dim,
+        mask_ratio=(HIDDEN - 0.5) / 196,
+        norm_pix_loss=True,
+        attn_implementation="sdpa",
+    )
+    model = ViTMAEForPreTraining(settings).train().to(arguments.device)
+    return peer_step(arguments, dtype, model, lambda images: model(images).loss)
+
+
+def lightly(arguments: argparse.Namespace, dtype: str) -> Step:
+    """lightly's MAE example: MaskedVisionTransformerTIMM and MAEDecoderTIMM."""
+    from lightly.models import utils
+    from lightly.models.modules import MAEDecoderTIMM, MaskedVisionTransformerTIMM
+
+    encoder, config = sizes(arguments)
+
+    class Mae(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = MaskedVisionTransformerTIMM(vit=encoder)
+            self.decoder = MAEDecoderTIMM(
+                num_patches=196,
+                patch_size=16,
+                embed_dim=encoder.embed_dim,
+                decoder_embed_dim=config.decoder_dim,
+                decoder_depth=config.decoder_depth,
+                decoder_num_heads=config.decoder_dim // 32,
+                mlp_ratio=4.0,
+            )
+            self.length = self.backbone.sequence_length
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            size = (len(images), self.length)
+            keep, hidden = utils.random_token_mask(
+                size=size, mask_ratio=HIDDEN / self.length, device=images.device
+            )
+            encoded = self.backbone.encode(images=images, idx_keep=keep)
+            x = self.decoder.embed(encoded)
+            masked = utils.repeat_token(self.decoder.mask_token, size)
+            masked = utils.set_at_index(masked, keep, x.type_as(masked))
+            decoded = self.decoder.decode(masked)
+            predicted = self.decoder.predict(utils.get_at_index(decoded, hidden))
+            target = utils.get_at_index(utils.patchify(images, 16), hidden - 1)
+            target = utils.normalize_mean_var(target, dim=-1)
+            return nn.functional.mse_loss(predicted, target)
+
+    model = Mae().train().to(arguments.device)
+    return peer_step(arguments, dtype, model, model)
+
+
+def sizes(arguments: argparse.Namespace) -> tuple[nn.Module, Config]:
+    config = make_config(arguments.student)
+    return make_student(config), config
+
+
+def peer_step(
+    arguments: argparse.Namespace,
+    dtype: str,
+    model: nn.Module,
+    loss: Callable[[torch.Tensor], torch.Tensor],
+) -> Step:
+    device = arguments.device
+    if device == "cuda":
+        model.compile()
+    optimizer = make_optimizer(model, 0.05)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(arguments.batch_size, 3, 224, 224, generator=generator).to(device)
+    autocast = torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
+
+    def step() -> None:
+        with autocast:
+            value = loss(images)
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+VARIANTS: dict[str, Callable[[argparse.Namespace], Step]] = {
+    "lightly, float32": lambda a: lightly(a, "float32"),
+    "Hugging Face, float32": lambda a: hugging_face(a, "float32"),
+    "img2vec pixels, float32": lambda a: ours(a, "float32", "pixels"),
+    "img2vec pixels as MAE, float32": lambda a: ours(
+        a, "float32", "pixels", blocks="last", global_weight=0.0
+    ),
+    "lightly, bfloat16": lambda a: lightly(a, "bfloat16"),
+    "Hugging Face, bfloat16": lambda a: hugging_face(a, "bfloat16"),
+    "img2vec pixels, bfloat16": lambda a: ours(a, "bfloat16", "pixels"),
+    "img2vec ResNet-50, float32": lambda a: ours(a, "float32", RESNET),
+    "bare student, float32": lambda a: ours(a, "float32", RESNET, "student"),
+    "bare ResNet-50, float32": lambda a: ours(a, "float32", RESNET, "teacher"),
+    "img2vec ResNet-50, bfloat16": lambda a: ours(a, "bfloat16", RESNET),
+    "bare student, bfloat16": lambda a: ours(a, "bfloat16", RESNET, "student"),
+    "bare ResNet-50, bfloat16": lambda a: ours(a, "bfloat16", RESNET, "teacher"),
+}
+GROUPS = [list(VARIANTS)[:7], list(VARIANTS)[7:10], list(VARIANTS)[10:]]
+
+
+def seconds(step: Step, device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds of a step by variant; within a group the variants take turns, each time from another on."""
+    times: dict[str, list[float]] = {}
+    for group in GROUPS:
+        steps = {name: VARIANTS[name](arguments) for name in group}
+        for step in steps.values():
+            for _ in range(arguments.warmup):
+                step()
+        times |= {name: [] for name in group}
+        for repeat in range(arguments.repeats):
+            shift = repeat % len(group)
+            for name in group[shift:] + group[:shift]:
+                times[name].append(seconds(steps[name], arguments.device))
+            print(f"repeat {repeat + 1} of {arguments.repeats}", file=sys.stderr)
+        del steps
+        gc.collect()
+    return times
+
+
+def peak_memory(arguments: argparse.Namespace) -> float:
+    """MiB that building a variant and three of its steps add to this process (or take on the GPU)."""
+    if arguments.device == "cuda":
+        step = VARIANTS[arguments.memory](arguments)
+        for _ in range(3):
+            step()
+        return torch.cuda.max_memory_allocated() / 2**20
+    import lightly.models.modules  # noqa: F401  # so that imports are in nobody's figure
+    import transformers.models.vit_mae.modeling_vit_mae  # noqa: F401
+
+    gc.collect()
+    page = 4096
+    highest, running = 0, True
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * page
+
+    before = resident()
+
+    def watch() -> None:
+        nonlocal highest
+        while running:
+            highest = max(highest, resident())
+            time.sleep(0.002)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    step = VARIANTS[arguments.memory](arguments)
+    for _ in range(3):
+        step()
+    running = False
+    watcher.join()
+    return (highest - before) / 2**20
+
+
+def memory_of(arguments: argparse.Namespace, name: str) -> float:
+    command = [sys.executable, __file__, "--memory", name, "--device", arguments.device]
+    command += ["--student", arguments.student, "--batch-size", str(arguments.batch_size)]
+    command += ["--threads", str(arguments.threads)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return float(done.stdout.split()[-1])
+
+
+def paired(
+    times: dict[str, list[float]], ours_name: str, other: Callable[[int], float]
+) -> list[float]:
+    """other's seconds / ours, per repeat: above 1, ours is faster."""
+    return [other(i) / value for i, value in enumerate(times[ours_name])]
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--student", default="vit_small", help="a preset")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--memory", help="only measure the peak memory of this variant")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.memory:
+        print(peak_memory(arguments))
+        return
+
+    times = measure(arguments)
+    peers = ["lightly, float32", "Hugging Face, float32"]
+    fastest = lambda i: min(times[name][i] for name in peers)  # noqa: E731
+    bound = lambda dtype: (  # noqa: E731
+        lambda i: times[f"bare student, {dtype}"][i] + times[f"bare ResNet-50, {dtype}"][i]
+    )
+    ratios = {
+        "float32, of the faster peer (at least 0.97)": paired(
+            times, "img2vec pixels, float32", fastest
+        ),
+        "float32 without multi-block and global loss, of the faster peer": paired(
+            times, "img2vec pixels as MAE, float32", fastest
+        ),
+        "bfloat16, of the faster peer in float32 (at least 2.5)": paired(
+            times, "img2vec pixels, bfloat16", fastest
+        ),
+        "bfloat16, of the faster peer in bfloat16": paired(
+            times,
+            "img2vec pixels, bfloat16",
+            lambda i: min(times[name.replace("float32", "bfloat16")][i] for name in peers),
+        ),
+        "ResNet-50 teacher, float32, of the bound (at least 0.93)": paired(
+            times, "img2vec ResNet-50, float32", bound("float32")
+        ),
+        "ResNet-50 teacher, bfloat16, of the bound": paired(
+            times, "img2vec ResNet-50, bfloat16", bound("bfloat16")
+        ),
+    }
+    memory_names = [*GROUPS[0]]
+    memory = {name: memory_of(arguments, name) for name in memory_names}
+
+    machine = platform.processor() or platform.machine()
+    if arguments.device == "cuda":
+        machine = torch.cuda.get_device_name()
+    elif Path("/proc/cpuinfo").is_file():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        machine = next(
+            (x.split(":")[1].strip() for x in lines if x.startswith("model name")), machine
+        )
+    rates = {n: arguments.batch_size / statistics.median(t) for n, t in times.items()}
+    result = {
+        "machine": machine,
+        "threads": arguments.threads,
+        "torch": torch.__version__,
+        "student": arguments.student,
+        "batch_size": arguments.batch_size,
+        "repeats": arguments.repeats,
+        "images_per_second": rates,
+        "seconds": times,
+        "ratios": ratios,
+        "peak_memory_mib": memory,
+    }
+    if arguments.device == "cuda":
+        result["model_flops_utilisation"] = utilisation(arguments, rates, machine)
+    suffix = "" if arguments.device == "cpu" else "_cuda"
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"pretrain_throughput{suffix}.json").write_text(json.dumps(result, indent=1) + "\n")
+    text = [
+        "# Pretraining throughput",
+        "",
+        f"{machine}, {arguments.threads} threads, torch {torch.__version__}; {arguments.student}, batch "
+        f"{arguments.batch_size}, {arguments.repeats} interleaved repeats; "
+        "`python benchmarks/pretrain_throughput.py`.",
+        "",
+        "| a step of | images/s (median) | peak memory, MiB |",
+        "| --- | ---: | ---: |",
+    ]
+    text += [
+        f"| {n} | {r:.2f} | {memory[n]:.0f} |" if n in memory else f"| {n} | {r:.2f} | |"
+        for n, r in rates.items()
+    ]
+    text += ["", "| img2vec's speed | median (least to most) |", "| --- | ---: |"]
+    text += [f"| {name} | {spread(values)} |" for name, values in ratios.items()]
+    if "model_flops_utilisation" in result:
+        text += [
+            "",
+            f"Model FLOPs utilisation (bf16, pixels): {result['model_flops_utilisation']:.1%}",
+        ]
+    (RESULTS / f"pretrain_throughput{suffix}.md").write_text("\n".join(text) + "\n")
+    print("\n".join(text))
+
+
+def utilisation(
+    arguments: argparse.Namespace, rates: dict[str, float], machine: str
+) -> float | None:
+    """Model FLOPs utilisation in bf16: counted FLOPs of one step, of the device's dense peak."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    peak = next((value for name, value in PEAK_BF16.items() if name in machine), None)
+    if peak is None:
+        return None
+    small = argparse.Namespace(**vars(arguments) | {"device": "cpu", "batch_size": 1})
+    step = ours(small, "float32", "pixels")
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops() * rates["img2vec pixels, bfloat16"] / peak
+
+
+if __name__ == "__main__":
+    main()

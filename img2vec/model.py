@@ -1,0 +1,359 @@
+"""The student: a timm ViT that sees the visible patches, a light decoder, and two heads.
+
+The masked-autoencoder design (He et al., arXiv 2111.06377) with the multi-block representation and the
+global head of Img2Vec (arXiv 2304.12535, section 3).
+"""
+
+from typing import Any, NamedTuple
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers import PatchEmbed
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from img2vec.config import Config
+from img2vec.masking import Layout, split_indices
+from tokdiv.errors import UsageError
+from tokdiv.spec import nearest
+
+EPSILON = 1e-6  # of every LayerNorm, as in timm's ViTs
+HEAD_DIM = 32  # channels of one head of the decoder, as in MAE's (512 in 16 heads)
+
+
+class Prediction(NamedTuple):
+    """What the student says of a batch.
+
+    tokens: (B, M, C) the hidden target tokens. image: (B, C) the mean of all target tokens, None where
+    the global loss is off. representation: (B, V, D) the visible patches' multi-block tokens.
+    """
+
+    tokens: Tensor
+    image: Tensor | None
+    representation: Tensor
+
+
+def make_student(config: Config) -> VisionTransformer:
+    """The encoder, without a classifier, initialised as in MAE, from torch's current generator.
+
+    Raises:
+        UsageError: no model of timm, no plain ViT, or arguments it does not take.
+    """
+    name = config.student
+    if not timm.is_model(name):
+        raise UsageError(
+            f"--student '{name}': timm has no such model{nearest(name, timm.list_models('*vit*'))}"
+        )
+    plain = "expected a plain VisionTransformer of timm, as vit_base_patch16_224"
+    try:
+        student = timm.create_model(
+            name,
+            pretrained=False,
+            num_classes=0,
+            img_size=config.image_size,
+            **config.student_args,
+        )
+    except TypeError as error:
+        if "img_size" in str(error):
+            raise UsageError(f"--student '{name}' takes no image size: {plain}") from None
+        raise UsageError(
+            f"--student '{name}' does not take {config.student_args}: {error}"
+        ) from None
+    except (AssertionError, ValueError, RuntimeError) as error:
+        reason = (str(error).strip() or "an assertion in timm failed").splitlines()[0]
+        raise UsageError(
+            f"--student '{name}' cannot be made for {config.image_size} px: {reason}"
+        ) from None
+    if type(student) is not VisionTransformer or type(student.patch_embed) is not PatchEmbed:
+        raise UsageError(f"--student '{name}' is a {type(student).__name__}: {plain}")
+    if student.pos_embed is None or not isinstance(student.patch_embed.norm, nn.Identity):
+        raise UsageError(
+            f"--student '{name}' has no position embeddings to give to visible patches: {plain}"
+        )
+    if student.attn_pool is not None:
+        raise UsageError(f"--student '{name}' pools by attention: {plain}")
+    patch = student.patch_embed.patch_size
+    if patch[0] != patch[1]:
+        raise UsageError(
+            f"--student '{name}' has patches of {patch[0]} x {patch[1]} px: expected squares"
+        )
+    if config.image_size % patch[0]:
+        raise UsageError(
+            f"--image-size {config.image_size} is not a multiple of the student's patch of {patch[0]} px; "
+            f"the nearest is {max(1, round(config.image_size / patch[0])) * patch[0]}"
+        )
+    _initialise(student)
+    positions = sine_positions(student.patch_embed.grid_size, student.embed_dim)
+    prefix = student.pos_embed.shape[1] - len(positions)
+    with torch.no_grad():
+        student.pos_embed[0, :prefix] = 0
+        student.pos_embed[0, prefix:] = positions
+        for token in (student.cls_token, student.reg_token):
+            if token is not None:
+                nn.init.normal_(token, std=0.02)
+    student.pos_embed.requires_grad_(False)
+    # Never used below: blocks are normalised without learned parameters, so that the final norm of the
+    # exported student, with weight 1 and bias 0, is the very norm of its last block in training.
+    student.norm.requires_grad_(False)
+    student.fc_norm.requires_grad_(False)
+    return student
+
+
+def resolve_blocks(text: str, depth: int) -> tuple[int, ...]:
+    """Zero-based block numbers, ascending: of "all", "last" or "N,...".
+
+    Raises:
+        UsageError: anything else, or a number that the student does not have.
+    """
+    if text == "all":
+        return tuple(range(depth))
+    if text == "last":
+        return (depth - 1,)
+    try:
+        blocks = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        blocks = []
+    if not blocks or blocks[0] < 0 or blocks[-1] >= depth:
+        raise UsageError(
+            f"--blocks '{text}': expected all, last, or numbers from 0 to {depth - 1} joined with commas"
+        )
+    return tuple(blocks)
+
+
+class Img2Vec(nn.Module):
+    """Encoder, decoder and heads; `forward` reads as the method does: encode, decode, predict.
+
+    Args:
+        encoder: from `make_student`.
+        layout: the grids, from `masking.plan_layout`.
+        dim: channels C of the teacher's tokens.
+        config: the run's settings.
+
+    Raises:
+        UsageError: blocks that the encoder does not have.
+    """
+
+    mean: Tensor
+    std: Tensor
+    cells: Tensor
+    decoder_positions: Tensor
+
+    def __init__(
+        self, encoder: VisionTransformer, layout: Layout, dim: int, config: Config
+    ) -> None:
+        super().__init__()
+        width, narrow = encoder.embed_dim, config.decoder_dim
+        depth = config.decoder_depth or (4 if width >= 1024 else 2)
+        self.encoder = encoder
+        self.layout = layout
+        self.blocks = resolve_blocks(config.blocks, len(encoder.blocks))
+        for block in encoder.blocks[self.blocks[-1] + 1 :]:
+            block.requires_grad_(False)  # nothing behind the last chosen block is run or trained
+        self.checkpoint_blocks = config.checkpoint_blocks
+        self.decoder_embed = nn.Linear(width, narrow)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, narrow))
+        self.decoder_blocks = nn.ModuleList(
+            Block(narrow, narrow // HEAD_DIM, qkv_bias=True, norm_layer=_layer_norm)
+            for _ in range(depth)
+        )
+        self.decoder_norm = _layer_norm(narrow)
+        self.head = nn.Linear(narrow, dim)
+        self.global_head = (
+            nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, dim))
+            if config.global_weight > 0
+            else None
+        )
+        for module in (self.decoder_embed, self.decoder_blocks, self.head, self.global_head):
+            if module is not None:
+                _initialise(module)
+        nn.init.normal_(self.mask_token, std=0.02)
+        # In units of uint8, as the images come.
+        scale = torch.tensor([config.mean, config.std]).mul(255).view(2, 3, 1, 1)
+        self.register_buffer("mean", scale[0], persistent=False)
+        self.register_buffer("std", scale[1], persistent=False)
+        self.register_buffer(
+            "decoder_positions", sine_positions(layout.patches, narrow), persistent=False
+        )
+
+    def forward(self, images: Tensor, mask: Tensor) -> Prediction:
+        """Predict the hidden target tokens of a batch.
+
+        Args:
+            images: (B, 3, S, S) uint8, 0 to 255.
+            mask: bool (B, units), True where hidden; the same number in each row.
+        """
+        visible, masked, _ = split_indices(mask, self.layout)
+        representation = self.encode(images, visible)
+        decoded = self.decode(representation, visible, masked)
+        prefix = self.encoder.num_prefix_tokens
+        patches = representation[:, prefix:]
+        image = None if self.global_head is None else self.global_head(patches.mean(dim=1))
+        return Prediction(self.head(decoded), image, patches)
+
+    def encode(self, images: Tensor, visible: Tensor) -> Tensor:
+        """The multi-block representation of the visible patches (section 3.2).
+
+        The mean of the chosen blocks' outputs, each brought to mean 0 and variance 1 per token first by a
+        LayerNorm without parameters. The paper does not say how blocks of different scale are brought
+        together; without it, the last blocks, whose residual stream is largest, would drown the others.
+
+        Args:
+            images: (B, 3, S, S) uint8. visible: int64 (B, V), ascending patch numbers.
+
+        Returns:
+            (B, prefix + V, D): class and register tokens, where the student has them, then patches.
+        """
+        encoder = self.encoder
+        tokens = self._embed(images, visible)
+        positions = encoder.pos_embed
+        prefix = encoder.num_prefix_tokens
+        offset = positions.shape[1] - self.layout.num_patches  # 0 or the prefix, as timm's variants
+        tokens = tokens + positions[0, offset:][visible]
+        before = [t for t in (encoder.cls_token, encoder.reg_token) if t is not None]
+        if before:
+            first = torch.cat(before, dim=1)
+            first = first + positions[:, :offset] if offset else first
+            tokens = torch.cat([first.expand(len(tokens), prefix, -1), tokens], dim=1)
+        tokens = encoder.norm_pre(encoder.pos_drop(tokens))
+        total: Tensor | None = None
+        for number, block in enumerate(encoder.blocks):
+            if number > self.blocks[-1]:
+                break
+            tokens = self._run(block, tokens)
+            if number in self.blocks:
+                output = F.layer_norm(tokens, tokens.shape[-1:], eps=EPSILON)
+                total = output if total is None else total + output
+        assert total is not None  # resolve_blocks gives at least one
+        return total / len(self.blocks) if len(self.blocks) > 1 else total
+
+    def decode(self, representation: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
+        """The decoder's tokens at hidden places, one per target token.
+
+        Attention has no order, so the sequence stays as it is, visible tokens first, hidden ones last, and
+        each brings its position along. Where a target token covers several patches, their tokens are
+        averaged; the head is linear, so that this is the average of their predictions.
+
+        Args:
+            representation: (B, prefix + V, D). visible: int64 (B, V). masked: int64 (B, M * cells).
+
+        Returns:
+            (B, M, decoder_dim).
+        """
+        seen = self.decoder_embed(representation)
+        prefix = seen.shape[1] - visible.shape[1]
+        positions = self.decoder_positions
+        tokens = torch.cat(
+            [
+                seen[:, :prefix],
+                seen[:, prefix:] + positions[visible],
+                self.mask_token + positions[masked],
+            ],
+            dim=1,
+        )
+        for block in self.decoder_blocks[:-1]:
+            tokens = block(tokens)
+        hidden = self.decoder_norm(_last_tokens(self.decoder_blocks[-1], tokens, masked.shape[1]))
+        cells = self.layout.cells.shape[1]
+        return hidden.unflatten(1, (-1, cells)).mean(dim=2) if cells > 1 else hidden
+
+    def _embed(self, images: Tensor, visible: Tensor) -> Tensor:
+        """(B, V, D): the visible patches alone are cut out, normalised and embedded."""
+        projection = self.encoder.patch_embed.proj
+        side = projection.kernel_size[0]
+        rows, columns = self.layout.patches
+        # (B, rows, columns, 3, side, side)
+        patches = images.unflatten(2, (rows, side)).unflatten(4, (columns, side))
+        patches = patches.permute(0, 2, 4, 1, 3, 5)
+        batch = torch.arange(len(images), device=images.device)[:, None]
+        patches = patches[batch, visible // columns, visible % columns]
+        pixels = patches.to(self.mean.dtype).sub_(self.mean).div_(self.std).flatten(2)
+        return F.linear(pixels, projection.weight.flatten(1), projection.bias)
+
+    def _run(self, block: nn.Module, tokens: Tensor) -> Tensor:
+        if self.checkpoint_blocks and self.training:
+            return checkpoint(block, tokens, use_reentrant=False)
+        return block(tokens)
+
+    @torch.no_grad()
+    def tokens(self, images: Tensor) -> Tensor:
+        """What the exported student gives for whole images: uint8 (B, 3, S, S) to (B, K, D)."""
+        training = self.encoder.training
+        self.encoder.eval()
+        pixels = images.to(self.mean.dtype).sub_(self.mean).div_(self.std)
+        features = self.encoder.forward_features(pixels)
+        self.encoder.train(training)
+        return features[:, self.encoder.num_prefix_tokens :]
+
+
+def _last_tokens(block: Block, tokens: Tensor, count: int) -> Tensor:
+    """The last `count` tokens of block(tokens): (B, N, D) to (B, count, D).
+
+    The same numbers, without the queries and the MLP of tokens that nobody reads.
+    """
+    attention = block.attn
+    B, N, D = tokens.shape
+    heads, width = attention.num_heads, attention.head_dim
+    normed = block.norm1(tokens)
+    weight, bias = attention.qkv.weight, attention.qkv.bias
+    queries = F.linear(normed[:, N - count :], weight[:D], bias[:D])
+    queries = queries.unflatten(2, (heads, width)).transpose(1, 2)
+    keys_values = F.linear(normed, weight[D:], bias[D:]).unflatten(2, (2, heads, width))
+    keys, values = keys_values.permute(2, 0, 3, 1, 4).unbind(0)
+    if attention.fused_attn:
+        attended = F.scaled_dot_product_attention(queries, keys, values)
+    else:
+        scores = queries * attention.scale @ keys.transpose(2, 3)
+        attended = scores.softmax(dim=3) @ values
+    hidden = tokens[:, N - count :] + attention.proj(attended.transpose(1, 2).flatten(2))
+    return hidden + block.mlp(block.norm2(hidden))
+
+
+def choose_attention(model: Img2Vec, device: torch.device, dtype: str) -> None:
+    """Fused attention (SDPA) everywhere, but for bfloat16 on a CPU.
+
+    There the backward pass of torch's kernel takes 2 to 3 times as long as plain matrix products, at the
+    lengths met here (197 tokens and fewer). In float32 the plain products are faster too for the encoder's
+    short sequences, but keep more for the backward pass than is won.
+    """
+    if device.type == "cpu" and dtype == "bfloat16" and model.layout.num_patches <= 256:
+        for block in [*model.encoder.blocks, *model.decoder_blocks]:
+            attention: Any = block.attn
+            attention.fused_attn = False
+
+
+def encoder_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The encoder's part of the model's state dict, under timm's own names."""
+    start = "encoder."
+    return {key[len(start) :]: value for key, value in state.items() if key.startswith(start)}
+
+
+def sine_positions(grid: tuple[int, int], dim: int) -> Tensor:
+    """Fixed sine and cosine position embeddings of a grid: float32 (rows * columns, dim).
+
+    The first half of the channels is for the row, the second for the column; in each, sines, then cosines,
+    of the coordinate times 10000^(-2i / half) (Vaswani et al., arXiv 1706.03762, section 3.5, per axis).
+    Channels left over by a width that is no multiple of 4 are 0.
+    """
+    quarter = dim // 4
+    frequencies = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+    rows, columns = torch.meshgrid(
+        *(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij"
+    )
+    angles = torch.cat([c.reshape(-1, 1, 1) * frequencies for c in (rows, columns)], dim=1)
+    table = torch.cat([angles.sin(), angles.cos()], dim=2).flatten(1)  # (N, 2 * 2 * quarter)
+    return F.pad(table, (0, dim - table.shape[1])).float()
+
+
+def _layer_norm(dim: int, **kwargs: Any) -> nn.LayerNorm:
+    return nn.LayerNorm(dim, eps=EPSILON, **kwargs)
+
+
+def _initialise(module: nn.Module) -> None:
+    """Xavier-uniform matrices and zero biases, as in MAE's released pretraining."""
+    for part in module.modules():
+        if isinstance(part, (nn.Linear, nn.Conv2d)):
+            nn.init.xavier_uniform_(part.weight.view(len(part.weight), -1))
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
