@@ -8,7 +8,6 @@
 import argparse
 import itertools
 import os
-import sys
 import tempfile
 from pathlib import Path
 
@@ -48,7 +47,8 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
     if "TOKDIV_DATA" not in os.environ:
-        sys.exit("set TOKDIV_DATA to the folder with the real images and weights")
+        print("skipped: set TOKDIV_DATA to the folder with the real images and weights")
+        return
     data = Path(os.environ["TOKDIV_DATA"])
     means, device = {}, arguments.device
     for dtype in ("float32", "bfloat16"):

@@ -1,6 +1,6 @@
 """Does a student learn? k-NN accuracy of a small student before and after some minutes of pretraining.
 
-    TOKDIV_DATA=../shared/data python benchmarks/pretrain_learns.py
+    TOKDIV_DATA=DATA python benchmarks/pretrain_learns.py
 
 On `caltech40` (40 classes of Caltech-101) with a ResNet-18's third stage as the teacher, for three seeds: the
 student is exported untrained and pretrained, and both are measured by the same weighted k-NN, train against
@@ -18,6 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import machine  # noqa: F401  (lets it run uninstalled)
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -99,10 +100,13 @@ def constant_losses(config: Config, data: Path, spec: str) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", default=os.environ.get("TOKDIV_DATA", "../shared/data"))
+    parser.add_argument("--data", default=os.environ.get("TOKDIV_DATA"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=CONFIG.epochs)
     arguments = parser.parse_args()
+    if arguments.data is None:
+        print("skipped: set TOKDIV_DATA to the folder with the real images and weights")
+        return
     root = Path(arguments.data)
     data, weights = root / "caltech40", root / "weights"
     file = (weights / "resnet18_in1k_layers1-3_bnfolded.safetensors").resolve()

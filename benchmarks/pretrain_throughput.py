@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import machine as _  # noqa: F401  (lets it run uninstalled)
 import numpy as np
 import torch
 from torch import nn

@@ -52,8 +52,7 @@ def _peers() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise SharedError(
-            f"another process of this run ended ({str(error).splitlines()[0][:120]}); what was saved is whole: "
-            f"the same command goes on from there"
+            "another process of this run ended; what was saved is whole: the same command goes on from there"
         ) from error
 
 

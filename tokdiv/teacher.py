@@ -101,8 +101,9 @@ class Teacher(nn.Module):
         Args:
             device: as torch takes it.
             dtype: "float32", or "bfloat16" for autocast. A mobile ConvNet (depthwise convolutions with
-                BatchNorm) stays in float32 either way: rounding its weights to bfloat16 moves the mean
-                similarity by up to 0.0025 (benchmarks/results/precision.md), and others by 0.0003.
+                BatchNorm) stays in float32 either way: rounding its weights to bfloat16 moved the mean
+                similarity of real ones by up to 0.0024. What bfloat16 does to the others is in
+                benchmarks/results/precision.md.
             compile: through `torch.compile`.
 
         Raises:
