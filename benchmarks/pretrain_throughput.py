@@ -25,9 +25,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import machine as _  # noqa: F401  (lets it run uninstalled)
 import numpy as np
 import torch
+from machine import RESULTS as MACHINE_RESULTS  # noqa: F401  (lets it run uninstalled)
 from torch import nn
 
 from img2vec.config import Config, make_config
