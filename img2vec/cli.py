@@ -296,10 +296,10 @@ def export_command(
 
 def _evaluate(task: Any, options: dict[str, Any]) -> None:
     """Run an evaluation on all processes and print its table once."""
-    from img2vec.run import joined_processes
+    from tokdiv.dist import processes
 
     positional = [options.pop(name) for name in ("model", "train", "val", "out")]
-    with joined_processes(options["device"]) as team:
+    with processes(options["device"]) as team:
         results = task(*positional, **options)
         if team.rank == 0:
             print(results.table())

@@ -49,13 +49,12 @@ from img2vec.run import (
     EXIT_CODES,
     caught_signals,
     check_same_run,
-    joined_processes,
     open_out,
     resumed,
 )
 from tokdiv import __version__
 from tokdiv.data import Source, open_source
-from tokdiv.dist import Processes, choose_dtype
+from tokdiv.dist import Processes, choose_dtype, processes
 from tokdiv.errors import RunError, UsageError
 from tokdiv.similarity import token_similarity
 from tokdiv.spec import TeacherSpec
@@ -114,7 +113,7 @@ def pretrain(
     else:
         settings = make_config(preset, config, options)
     with contextlib.ExitStack() as stack:
-        team = stack.enter_context(joined_processes(settings.device))
+        team = stack.enter_context(processes(settings.device))
         stack.enter_context(_forked_generators(team))
         caught = stack.enter_context(caught_signals())
         return _run(str(data), teacher, Path(out), settings, resume, team, caught, stack)

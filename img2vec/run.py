@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import os
 import signal
 import sys
 import types
@@ -12,33 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import filelock
-import torch.distributed as distributed
 
 from img2vec.checkpoint import Progress
 from img2vec.config import FREE, option
 from img2vec.data import Plan
-from tokdiv.dist import Processes, choose_device, processes
+from tokdiv.dist import Processes
 from tokdiv.errors import UsageError
 
 # SIGUSR1 is SLURM's warning before the end of a job: the run is unfinished, as after SIGTERM.
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 if hasattr(signal, "SIGUSR1"):
     EXIT_CODES[signal.SIGUSR1] = 143
-
-
-@contextlib.contextmanager
-def joined_processes(device: str) -> Iterator[Processes]:
-    """Join the other processes, with nccl for what lies on GPUs and gloo for the rest."""
-    own = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not distributed.is_initialized()
-    if own:
-        on_gpu = choose_device(device).type == "cuda"
-        distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
-    try:
-        with processes(device) as team:
-            yield team
-    finally:
-        if own:
-            distributed.destroy_process_group()
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import sys
 import urllib.parse
 from pathlib import Path
 
+PACKAGED = "package:"  # prefix of weights that ship with tokdiv, relative to its folder
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # what timm's repositories hold, best first
 
 
@@ -33,8 +34,15 @@ def cached_path(source: str) -> Path:
 
 
 def is_cached(source: str) -> bool:
-    """Whether remote weights are on this machine already; looks at file names only."""
+    """Whether weights are on this machine already; looks at file names only."""
+    if source.startswith(PACKAGED):
+        return packaged_path(source).is_file()
     return cached_path(source).is_file() or in_hub_cache(source) is not None
+
+
+def packaged_path(source: str) -> Path:
+    """Where "package:PATH" lies: in the folder of this package, wherever that is installed."""
+    return Path(__file__).parent / source.removeprefix(PACKAGED)
 
 
 def in_hub_cache(source: str) -> Path | None:

@@ -56,6 +56,13 @@ MaxImages = Annotated[
     int | None, typer.Option(help="Measure at most this many images. [default: all]")
 ]
 BatchSize = Annotated[int, typer.Option(help="Images of one forward pass, per process.")]
+AutoBatchSize = Annotated[
+    str,
+    typer.Option(
+        metavar="N|auto",
+        help="Images of one forward pass, per process; auto measures which is fast.",
+    ),
+]
 Workers = Annotated[
     int | None, typer.Option(help="Decoding threads per process. [default: one a core]")
 ]
@@ -64,7 +71,10 @@ Dtype = Annotated[
     str, typer.Option(help="auto, float32 or bfloat16; auto is bfloat16 where it is native.")
 ]
 Compile = Annotated[
-    str, typer.Option(help="auto, on or off: torch.compile; auto for long runs on a GPU.")
+    str,
+    typer.Option(
+        help="auto, on or off: torch.compile; auto compiles the teachers for which that pays in this run."
+    ),
 ]
 Seed = Annotated[int, typer.Option(help="Of the order of the images.")]
 ImageSize = Annotated[
@@ -121,7 +131,7 @@ def rank(
     tie: Annotated[
         float, typer.Option(help="A gap of mean similarity below this is a tie.")
     ] = 0.002,
-    batch_size: BatchSize = 64,
+    batch_size: AutoBatchSize = "auto",
     workers: Workers = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -150,7 +160,7 @@ def rank(
         confidence=confidence,
         certify=certify,
         tie=tie,
-        batch_size=batch_size,
+        batch_size=_batch_size(batch_size),
         workers=workers,
         device=device,
         dtype=dtype,
@@ -242,6 +252,14 @@ def _own_teacher(module: str | None) -> "list[Teacher]":
     if _is_first_process():
         print(f"running your code: {module}", file=sys.stderr)
     return [teacher_from_file(module)]
+
+
+def _batch_size(text: str) -> Any:
+    if text == "auto":
+        return text
+    if not text.isdigit() or int(text) < 1:
+        raise UsageError(f"--batch-size {text}: expected a number of images, as 64, or auto")
+    return int(text)
 
 
 def _image_size(text: str | None) -> Any:

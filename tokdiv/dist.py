@@ -60,8 +60,8 @@ def _peers() -> Iterator[None]:
 def processes(device: str = "auto") -> Iterator[Processes]:
     """Join the other processes that torchrun started; alone, this is the only one.
 
-    The collectives carry scores and decisions, small arrays in CPU memory, so they run over gloo on
-    every kind of device: the networks themselves exchange nothing.
+    What lies on a GPU crosses over nccl, what lies in CPU memory over gloo. A ranking exchanges scores and
+    decisions alone, small arrays in CPU memory; a pretraining run its gradients.
 
     Args:
         device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:N" or "mps".
@@ -74,7 +74,8 @@ def processes(device: str = "auto") -> Iterator[Processes]:
         return
     own = not distributed.is_initialized()
     if own:
-        distributed.init_process_group("gloo", timeout=timedelta(minutes=30))
+        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+        distributed.init_process_group(backend, timeout=timedelta(minutes=30))
     try:
         yield Processes(rank, world, local_world, chosen)
     finally:

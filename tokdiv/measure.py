@@ -38,19 +38,25 @@ from tokdiv.ranking import (
     eligible_teachers,
     make_ranking,
     open_run,
+    stored_batch_size,
 )
 from tokdiv.scores import MEASURES, Scores, ScoreTable
 from tokdiv.similarity import pooled_similarity, token_similarity
 from tokdiv.spec import CUSTOM, TeacherSpec
 from tokdiv.teacher import Teacher, load_teachers
+from tokdiv.tuning import (
+    COMPILE_IMAGES,
+    choose_batch_size,
+    compile_teacher,
+    expected_images,
+    pays_to_compile,
+    seconds_per_image,
+)
 
 MEAN_IMAGES = 256  # usable images that the mean token of `centred_similarity` is taken from
 SAVE_SECONDS = 12  # the first step to end later than this after a store is stored as well
 STEP_SECONDS = (
     15  # a slower step is halved, so that at most the sum of both can be lost: under half a minute
-)
-COMPILE_IMAGES = (
-    50_000  # --compile auto: on a GPU, a minute or two of compilation pays from about here
 )
 ENDLESS = 1 << 40  # stands for the length of a stream that does not tell it
 
@@ -63,7 +69,7 @@ class Settings:
     confidence: float = 0.99
     certify: Literal["order", "best", "none"] = "order"
     tie: float = 0.002
-    batch_size: int = 64
+    batch_size: int | Literal["auto"] = "auto"
     workers: int | None = None
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -87,7 +93,7 @@ class Settings:
             raise UsageError(f"tie = {self.tie}: expected a number from 0 to 1, as 0.002")
         for name in ("max_images", "batch_size", "workers"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value is not None and value != "auto" and value < 1:
                 raise UsageError(f"{name} = {value}: expected 1 or more")
         if self.seed < 0:
             raise UsageError(f"seed = {self.seed}: expected 0 or more")
@@ -130,7 +136,10 @@ def rank(
         if out and Path(data).is_dir() and Path(out).resolve().is_relative_to(Path(data).resolve()):
             _warn([f"-o {out} lies inside DATA: its pictures are images of the next run"], group)
         chosen = dataclasses.replace(chosen, dtype=choose_dtype(chosen.dtype, group.device))  # type: ignore[arg-type]
-        loaded = _load(teachers, chosen, source, group)
+        loaded = _load(teachers, chosen, group)
+        chosen = _tune(
+            loaded, chosen, source, stored_batch_size(out) if out and resume else None, group
+        )
         order = (
             permutation(source.count, chosen.seed) if source.permutable and source.count else None
         )
@@ -183,7 +192,7 @@ def _measure(judge: "_Judge | None", worker: "_Worker") -> None:
     done = judge.table.front if judge else 0
     with tqdm(total=total, initial=done, unit="image", disable=None if judge else True) as bar:
         while plan := group.broadcast(judge.plan() if judge else None):
-            worker.rows = worker.rows or worker.settings.batch_size
+            worker.rows = worker.rows or worker.batch_size
             steps = worker.steps(plan)
             for start, stop, step in steps:
                 shares = group.gather(step)
@@ -201,18 +210,9 @@ def _measure(judge: "_Judge | None", worker: "_Worker") -> None:
 
 
 def _load(
-    teachers: Sequence[str | TeacherSpec | Teacher],
-    settings: Settings,
-    source: Source,
-    group: Processes,
+    teachers: Sequence[str | TeacherSpec | Teacher], settings: Settings, group: Processes
 ) -> list[Teacher]:
     """Every teacher on its device; K = 1 is an error, as no pair of tokens exists."""
-    images = min(settings.max_images or ENDLESS, source.count or ENDLESS)
-    compiled = settings.compile == "on" or (
-        settings.compile == "auto"
-        and group.device.type == "cuda"
-        and images >= COMPILE_IMAGES * group.world
-    )
     loaded = load_teachers(teachers, image_size=settings.image_size)
     for teacher in loaded:
         if teacher.num_tokens < 2:
@@ -223,8 +223,37 @@ def _load(
         if teacher.spec.architecture == CUSTOM:
             digest = _state_sha256(teacher.module)
             teacher.spec = dataclasses.replace(teacher.spec, sha256=digest, size=teacher.size)
-        teacher.prepare(group.device, settings.dtype, compiled)
+        teacher.prepare(group.device, settings.dtype)
     return loaded
+
+
+def _tune(
+    teachers: list[Teacher],
+    settings: Settings,
+    source: Source,
+    stored: int | None,
+    group: Processes,
+) -> Settings:
+    """Settle the batch size, and compile the teachers for which that pays; alike on every process.
+
+    Args:
+        stored: the batch size of the run that is gone on with.
+    """
+    images = expected_images(source.count, settings.max_images, settings.certify)
+    share = None if images is None else -(-images // group.world)
+    seconds: dict[str, float] = {}
+    if settings.batch_size != "auto":
+        size = settings.batch_size
+    elif (size := group.broadcast(stored)) is None:
+        size, seconds = group.broadcast(choose_batch_size(teachers, share))
+    compiled = [teacher.name for teacher in teachers] if settings.compile == "on" else []
+    if settings.compile == "auto" and (share is None or share >= COMPILE_IMAGES):
+        seconds = seconds or group.broadcast(seconds_per_image(teachers, size))
+        compiled = [t.name for t in teachers if pays_to_compile(t, seconds[t.name], share)]
+    for teacher in teachers:
+        if teacher.name in compiled:
+            compile_teacher(teacher, size, must=settings.compile == "on")
+    return dataclasses.replace(settings, batch_size=size)
 
 
 def _state_sha256(module: torch.nn.Module) -> str:
@@ -289,7 +318,7 @@ class _Judge:
         self.limit = min(settings.max_images or ENDLESS, source.count or ENDLESS)
         self.looks = np.fromiter(look_schedule(self.limit), np.int64)
         self.judged = 0
-        self.rows = settings.batch_size
+        self.rows = self.batch_size = int(settings.batch_size)  # `_tune` settled it
         self.certifier = OrderCertifier(
             len(teachers),
             source.count,
@@ -364,7 +393,7 @@ class _Judge:
         if now - self._answered > STEP_SECONDS:
             self.rows = max(1, self.rows // 2)
         elif now - self._answered < STEP_SECONDS / 2.5:
-            self.rows = min(self.settings.batch_size, self.rows * 2)
+            self.rows = min(self.batch_size, self.rows * 2)
         ends = bool(progress.finished or error or signal_number)
         if looked or ends or now - self._saved > SAVE_SECONDS:
             self.table.save()
@@ -477,6 +506,9 @@ class _Worker:
     images: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
+    def __post_init__(self) -> None:
+        self.batch_size = int(self.settings.batch_size)  # `_tune` settled it
+
     def steps(self, plan: _Plan) -> Generator[tuple[int, int, _Step], None, None]:
         """Measure a plan step by step: (start, stop) of the positions, and this process's share of them.
 
@@ -485,7 +517,7 @@ class _Worker:
         self.active = plan.active
         device = self.group.device
         means = [torch.from_numpy(mean).to(device) for mean in plan.means] if plan.means else None
-        spans = _spans(plan.start, plan.stop, self.settings.batch_size * self.group.world)
+        spans = _spans(plan.start, plan.stop, self.batch_size * self.group.world)
         batches = read_batches(
             self.source,
             self.order,
@@ -499,9 +531,7 @@ class _Worker:
         in_flight: deque[tuple[int, int, _Launched]] = deque()
         try:
             moved = _on_device(batches, device)
-            for start, stop in _spans(
-                plan.start, plan.stop, self.settings.batch_size * self.group.world
-            ):
+            for start, stop in _spans(plan.start, plan.stop, self.batch_size * self.group.world):
                 batch = next(moved, None)  # None past the end of a stream
                 while start < stop:
                     cut = min(start + self.rows * self.group.world, stop)

@@ -452,6 +452,15 @@ def open_run(
     return state
 
 
+def stored_batch_size(out: str | os.PathLike[str]) -> int | None:
+    """The batch size that the run in the folder RUN was measured with; None where there is none."""
+    config = Path(out) / "config.json"
+    if not config.is_file():
+        return None
+    size = _old_config(config)["settings"]["batch_size"]
+    return size if isinstance(size, int) else None
+
+
 def _old_config(file: Path) -> dict[str, Any]:
     try:
         old = json.loads(file.read_text(encoding="utf-8"))

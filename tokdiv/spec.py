@@ -37,8 +37,8 @@ class TeacherSpec:
     Attributes:
         name: the label in rankings and pictures; unique within a run.
         architecture: a timm architecture, "pixels", "hog", or "custom" for a user's own module.
-        weights: "hf-hub:OWNER/REPO", an http(s) URL, the path of a local file, "random", or None where
-            there are none (pixels, hog).
+        weights: "hf-hub:OWNER/REPO", an http(s) URL, the path of a local file, "package:PATH" for a file
+            that ships with tokdiv, "random", or None where there are none (pixels, hog).
         sha256: of the weights' file, in hex. A file with another one is refused.
         mean, std: of the RGB channels, in units of [0, 1].
         interpolation: that of the published evaluation; recorded, not used (every view is bicubic).
@@ -300,7 +300,8 @@ def _read_toml(path: Path) -> list[TeacherSpec]:
             norm = {"norm": False} if fields.get("block") is not None else {}
             fields = ZOO[base].to_dict() | norm | fields
         weights = fields.get("weights")
-        if isinstance(weights, str) and not weights.startswith(("http://", "https://", "hf-hub:")):
+        elsewhere = ("http://", "https://", "hf-hub:", "package:")
+        if isinstance(weights, str) and not weights.startswith(elsewhere):
             if weights not in ("random", "timm"):
                 local = (path.parent / os.path.expanduser(weights)).resolve()
                 if not os.path.isfile(local):

@@ -23,7 +23,7 @@ from filelock import FileLock
 from torch import Tensor
 from tqdm import tqdm
 
-from tokdiv.cache import cache_folder, cached_path, in_hub_cache
+from tokdiv.cache import PACKAGED, cache_folder, cached_path, in_hub_cache, packaged_path
 from tokdiv.errors import RunError, UsageError
 
 CHUNK = 1 << 20  # bytes
@@ -36,7 +36,8 @@ def weights_file(source: str, sha256: str | None = None) -> tuple[Path, str]:
     """The local file that holds the weights, downloaded where it is not here yet, and its sha256.
 
     Args:
-        source: an http(s) URL, "hf-hub:OWNER/REPO", or the path of a local file.
+        source: an http(s) URL, "hf-hub:OWNER/REPO", "package:PATH" for a file that ships with tokdiv, or
+            the path of a local file.
         sha256: what the file must hash to, in hex; None accepts the first download and records its hash
             beside it, which every later load is held to.
 
@@ -46,7 +47,7 @@ def weights_file(source: str, sha256: str | None = None) -> tuple[Path, str]:
     """
     remote = source.startswith(("http://", "https://", "hf-hub:"))
     if not remote:
-        path = Path(source)
+        path = packaged_path(source) if source.startswith(PACKAGED) else Path(source)
         if not path.is_file():
             raise UsageError(
                 f"'{source}': no such file; the weights were there when the spec was written"

@@ -145,7 +145,7 @@ class TestFailures:
             (["-t", "pixels", "--confidence", "nan"], "confidence = nan"),
             (["-t", "pixels", "--confidence", "high"], "--confidence"),
             (["-t", "pixels", "--tie", "-0.1"], "tie = -0.1"),
-            (["-t", "pixels", "--batch-size", "0"], "batch_size = 0"),
+            (["-t", "pixels", "--batch-size", "0"], "--batch-size 0"),
             (["-t", "pixels", "--max-images", "0"], "max_images = 0"),
             (["-t", "pixels", "--workers", "-1"], "workers = -1"),
             (["-t", "pixels", "--seed", "-1"], "seed = -1"),
