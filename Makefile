@@ -17,10 +17,9 @@ OUT := runs/sample
 	touch $@
 
 run: .venv/installed
-	$(BIN)/tokdiv rank $(SAMPLES) -t pixels,hog -t resnet50=timm:resnet50@random \
-		-t vit_small=timm:vit_small_patch16_224@random -o $(OUT)/ranking
-	$(BIN)/tokdiv maps $(SAMPLES)/astronaut_face.jpg $(SAMPLES)/cat_portrait.jpg -t pixels,hog \
-		-t resnet50=timm:resnet50@random -t vit_small=timm:vit_small_patch16_224@random -o $(OUT)/maps.png
+	$(BIN)/tokdiv rank $(SAMPLES) -t sample -t pixels,hog -o $(OUT)/ranking
+	$(BIN)/tokdiv maps $(SAMPLES)/astronaut_face.jpg $(SAMPLES)/cat_portrait.jpg -t sample -t pixels,hog \
+		-o $(OUT)/maps.png
 	$(BIN)/img2vec pretrain $(SAMPLES) --teacher $(OUT)/ranking --preset sample --max-steps 10 -o $(OUT)/pretrain
 	$(BIN)/python -c "import timm; student = timm.create_model('local-dir:$(OUT)/pretrain/student', pretrained=True); \
 		print(f'timm loads the student: {student.num_features} features a token')"

@@ -236,6 +236,7 @@ def save(module: nn.Module, path: Path) -> str:
     """Write the weights in float16, and return the file's sha256."""
     state = {k: v.contiguous() for k, v in module.state_dict().items()}
     save_file({k: v.half() if v.is_floating_point() else v for k, v in state.items()}, path)
+    path.chmod(0o644)  # safetensors writes for the owner alone
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 

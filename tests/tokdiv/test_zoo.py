@@ -35,7 +35,7 @@ def test_an_entry_from_timm_says_what_timm_s_configuration_says(spec: TeacherSpe
 @pytest.mark.parametrize("spec", NETWORKS, ids=name)
 def test_counts_and_norm_are_those_of_the_network(spec: TeacherSpec):
     with torch.device("meta"):
-        model = timm.create_model(spec.architecture, num_classes=0)
+        model = timm.create_model(spec.architecture, num_classes=0, **spec.arguments)
         assert spec.norm is _has_final_norm(model)
         model.prune_intermediate_layers(1, prune_norm=not spec.norm, prune_head=True)
     assert spec.parameters == sum(p.numel() for p in model.parameters())

@@ -1,0 +1,201 @@
+"""How the cost of a ranking grows: with processes, images, teachers, tokens and width; and its memory.
+
+    python benchmarks/scaling.py
+
+Processes run with one thread each through torchrun; their images/s are those between two image counts, so
+that starting them is in nobody's figure. Memory is the peak of a process that enters and judges the scores of
+simulated images and teachers, as `tokdiv rank` does, without networks.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import machine
+import numpy as np
+import torch
+
+import tokdiv
+from tokdiv.measure import Settings, _Judge, _Plan, _Step
+from tokdiv.scores import MEASURES, ScoreTable
+from tokdiv.similarity import token_similarity
+from tokdiv.sources import Source
+
+ROOT = Path(__file__).resolve().parent.parent
+SAMPLES = ROOT / "tokdiv" / "samples" / "images"
+VIT = "timm:vit_small_patch16_224@random"
+SIMULATED_TEACHERS = 10
+
+
+def copies(count: int, folder: Path) -> Path:
+    """A folder of `count` images: links to the photographs that ship with the package."""
+    originals = sorted(SAMPLES.glob("*.jpg"))
+    folder.mkdir(parents=True)
+    for n in range(count):
+        (folder / f"{n:06d}.jpg").symlink_to(originals[n % len(originals)])
+    return folder
+
+
+def process_rates(
+    counts: list[int], images: Path, few: int, many: int, repeats: int
+) -> dict[int, list[float]]:
+    """Images/s of so many processes of one thread each."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    rates: dict[int, list[float]] = {count: [] for count in counts}
+
+    def seconds(processes: int, num_images: int) -> float:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+        command = [sys.executable, *launcher, "-m", "tokdiv", "rank", images, "-t", VIT]
+        with tempfile.TemporaryDirectory() as folder:
+            command += ["-o", f"{folder}/run", "--max-images", num_images, "--workers", 1]
+            command += ["--batch-size", 16, "--certify", "none", "--compile", "off"]
+            begin = time.perf_counter()
+            subprocess.run(
+                list(map(str, command)), cwd=ROOT, env=environment, check=True, capture_output=True
+            )
+            return time.perf_counter() - begin
+
+    for _ in range(repeats):
+        for count in counts:
+            spent = seconds(count, many * count) - seconds(count, few * count)
+            rates[count].append((many - few) * count / spent)
+    return rates
+
+
+def rank_seconds(images: Path, teachers: list[tokdiv.Teacher], count: int) -> float:
+    begin = time.perf_counter()
+    tokdiv.rank(images, teachers, certify="none", max_images=count, batch_size=16, compile="off")
+    return time.perf_counter() - begin
+
+
+def similarity_seconds(K: int, C: int) -> float:  # noqa: N803
+    tokens = torch.randn(16, K, C)
+    passes = []
+    for _ in range(7):
+        begin = time.perf_counter()
+        token_similarity(tokens)
+        passes.append(time.perf_counter() - begin)
+    return min(passes)
+
+
+def peak_bytes(count: int) -> int:
+    """Peak memory of a process of its own that judges `count` simulated images."""
+    command = [sys.executable, __file__, "--simulate", str(count)]
+    run = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    return int(run.stdout)
+
+
+def simulate(count: int) -> None:
+    """Enter and judge simulated scores; prints the peak of the resident memory in bytes."""
+    teachers = [
+        tokdiv.Teacher(torch.nn.Identity(), lambda x: x.flatten(2)[:, :, :4], size=8, name=f"t{n}")
+        for n in range(SIMULATED_TEACHERS)
+    ]
+    source = simulated_source(count)
+    settings = Settings(certify="none", batch_size=64)
+    with tempfile.TemporaryDirectory() as folder:
+        table = ScoreTable([t.name for t in teachers], source.key, Path(folder))
+        judge = _Judge(table, teachers, source, settings)
+        generator = np.random.default_rng(0)
+        while plan := judge.plan():
+            start = plan.start
+            while start < plan.stop:
+                stop = min(start + 4096, plan.stop)
+                verdict = judge.judge(
+                    [simulated_step(generator, plan, start, stop)], plan, start, stop
+                )
+                start = stop
+                if verdict.replan:
+                    break
+        judge.certifier.certificate()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def simulated_source(count: int) -> Source:
+    """Images that have names only."""
+    return Source("simulated", count, "simulated", key_of="{:08d}.jpg".format)
+
+
+def simulated_step(generator: np.random.Generator, plan: _Plan, start: int, stop: int) -> _Step:
+    """Scores as real networks give them: means 0.01 apart, sd 0.08."""
+    shape = (stop - start, len(plan.active), len(MEASURES))
+    means = 0.3 + 0.01 * np.array(plan.active)[None, :, None]
+    scores = generator.normal(means, 0.08, shape).clip(-0.3, 1).astype(np.float32)
+    tokens = (
+        [np.zeros((stop - start, 4), np.float32) for _ in plan.active] if not plan.means else []
+    )
+    positions = np.arange(start, stop)
+    keys = [f"{n:08d}.jpg" for n in positions]
+    return _Step(positions, keys, [None] * len(positions), scores, tokens, 0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--simulate", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
+    if arguments.simulate:
+        simulate(arguments.simulate)
+        return
+    gpus = torch.cuda.device_count()
+    counts = [n for n in (1, 2, 4, 8) if n <= (gpus or os.cpu_count() or 1)]
+    result: dict[str, object] = {}
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        images = copies(4096 if gpus else 400, Path(name) / "images")
+        few, many = (256, 1024) if gpus else (32, 128)
+        rates = process_rates(counts, images, few, many, arguments.repeats)
+        rows += ["| processes | images/s (median) | of the ideal |", "| ---: | ---: | ---: |"]
+        for count, values in rates.items():
+            efficiency = machine.median([v / (count * one) for v, one in zip(values, rates[1])])
+            asked = " (asked for 0.9)" if count == 2 else ""
+            rows.append(f"| {count} | {machine.median(values):.1f} | {efficiency:.2f}{asked} |")
+        result["processes"] = rates
+        unmeasured = [str(n) for n in (2, 4, 8) if n not in counts]
+        if not gpus:
+            rows.append("\nOne thread each, ViT-S. On 1, 2, 4 and 8 GPUs: not measured.")
+        elif unmeasured:
+            rows.append(f"\nViT-S. On {', '.join(unmeasured)} GPUs: not measured.")
+
+        teachers = tokdiv.load_teachers([f"s{n}={VIT}:seed={n}" for n in range(4)])
+        rank_seconds(images, teachers, 16)
+        rows += [
+            "",
+            "| images (1 teacher) | ms an image | | teachers (96 images) | ms an image and teacher |",
+        ]
+        rows.append("| ---: | ---: | --- | ---: | ---: |")
+        by_images, by_teachers = {}, {}
+        for count, number in ((64, 1), (128, 2), (256, 4)):
+            by_images[count] = rank_seconds(images, teachers[:1], count) / count * 1000
+            by_teachers[number] = rank_seconds(images, teachers[:number], 96) / 96 / number * 1000
+            rows.append(
+                f"| {count} | {by_images[count]:.1f} | | {number} | {by_teachers[number]:.1f} |"
+            )
+        result |= {"ms_by_images": by_images, "ms_by_teachers": by_teachers}
+    sizes = [(49, 2048), (196, 384), (196, 768), (196, 1024), (784, 768)]
+    rows += ["", "| K x C | similarity, us an image | ns a number |", "| --- | ---: | ---: |"]
+    result["similarity_seconds"] = {}
+    for K, C in sizes:
+        seconds = similarity_seconds(K, C) / 16
+        result["similarity_seconds"][f"{K} x {C}"] = seconds
+        rows.append(f"| {K} x {C} | {seconds * 1e6:.0f} | {seconds / (K * C) * 1e9:.2f} |")
+    peaks = {count: peak_bytes(count) for count in (1_000, 1_000_000)}
+    growth = (peaks[1_000_000] - peaks[1_000]) / 999_000
+    result |= {"peak_bytes": peaks, "bytes_an_image": growth}
+    rows += [
+        "",
+        f"Memory: {growth:.0f} bytes an image from 1,000 to 1,000,000 images with {SIMULATED_TEACHERS} teachers "
+        f"(asked for: at most 300); {peaks[1_000] / 2**20:.0f} and {peaks[1_000_000] / 2**20:.0f} MiB.",
+    ]
+    device = "cuda" if gpus else "cpu"
+    machine.record("scaling", json.loads(json.dumps(result)), "\n".join(rows), device)
+
+
+if __name__ == "__main__":
+    main()
