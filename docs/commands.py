@@ -74,8 +74,10 @@ def _value(parameter: Any) -> str:
         return str(parameter.metavar)
     if parameter.param_type_name == "argument":
         return str(parameter.name).upper()
-    kind = parameter.type_descriptor.annotation
-    return {int: "INTEGER", float: "NUMBER"}.get(kind, "TEXT")
+    # Of click in older releases of typer, its own in newer ones.
+    descriptor = getattr(parameter, "type_descriptor", None)
+    kind = str(descriptor.annotation if descriptor else parameter.type).lower()
+    return "INTEGER" if "int" in kind else "NUMBER" if "float" in kind else "TEXT"
 
 
 def _code(text: str) -> str:
