@@ -19,6 +19,7 @@ import numpy as np
 import safetensors.torch
 import timm
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 import tokdiv.teacher
@@ -41,9 +42,10 @@ Patch = Callable[[Any, str, Any], None]  # as monkeypatch.setattr
 
 
 def apply(patch: Patch = setattr) -> None:
-    """Make timm's networks narrow, their weights random, and a pretraining one step long."""
+    """Make timm's networks narrow, their weights random, and figures coarse."""
     patch(timm, "create_model", _narrow(timm.create_model))
     patch(tokdiv.teacher, "_from_timm", _with_weights(tokdiv.teacher._from_timm))
+    patch(Figure, "savefig", _coarse(Figure.savefig))
 
 
 def short_presets() -> dict[str, Any]:
@@ -62,7 +64,7 @@ def _narrow(create_model: Callable[..., Any]) -> Callable[..., Any]:
             architecture = json.loads((folder / "config.json").read_text())["architecture"]
         narrow: dict[str, Any] = {}
         if re.match(r"(vit|deit)_(small|base|large|huge)", architecture):
-            narrow = {"embed_dim": 32, "depth": 12, "num_heads": 2}
+            narrow = {"embed_dim": 32, "depth": 9, "num_heads": 2}
         elif architecture.partition(".")[0] in ("resnet50", "resnet101"):
             narrow = {"layers": (1, 1, 1, 1), "channels": (8, 16, 32, 64)}
         if "depth" in options:
@@ -70,6 +72,15 @@ def _narrow(create_model: Callable[..., Any]) -> Callable[..., Any]:
         return create_model(name, *arguments, **(narrow | options))
 
     return create
+
+
+def _coarse(savefig: Callable[..., Any]) -> Callable[..., Any]:
+    """Figures at a tenth of their resolution: how they look is for other tests."""
+
+    def save(self: Figure, *arguments: Any, **options: Any) -> Any:
+        return savefig(self, *arguments, **(options | {"dpi": 20}))
+
+    return save
 
 
 def _with_weights(from_timm: Callable[..., Any]) -> Callable[..., Any]:

@@ -25,7 +25,7 @@ from typing import Any
 
 import pytest
 import typer
-from stand_ins import FOLDERS, apply, make_images, save_weights, short_presets
+from stand_ins import apply, make_images, save_weights, short_presets
 
 import tokdiv.cli
 from img2vec.config import PRESETS
@@ -474,7 +474,3 @@ def test_the_site_needs_no_network(site: Path) -> None:
         loaded = re.findall(r'<(?:script|img|iframe)[^>]+src="?([^"\s>]+)', text)
         loaded += re.findall(r'<link[^>]+rel="?(?:stylesheet|icon|preconnect)[^>]*', text)
         assert not [address for address in loaded if "//" in address], page.name
-
-
-def test_placeholders_of_images_are_known() -> None:
-    assert {"photos", "DATA/train"} <= set(FOLDERS)
