@@ -1,11 +1,12 @@
 # make run   set up .venv and do the main job on the images that ship with the project
 # make test  the test suite          make lint  ruff and mypy          make bench  the benchmarks
+# make docs  build the documentation into site/
 PYTHON ?= python3
 BIN := .venv/bin
 SAMPLES := tokdiv/samples/images
 OUT := runs/sample
 
-.PHONY: run test lint bench clean
+.PHONY: run test lint bench docs clean
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -14,6 +15,10 @@ OUT := runs/sample
 
 .venv/installed-dev: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+.venv/installed-docs: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[docs]'
 	touch $@
 
 run: .venv/installed
@@ -41,5 +46,8 @@ bench: .venv/installed-dev
 	$(BIN)/python benchmarks/precision.py
 	$(BIN)/python benchmarks/certify.py
 
+docs: .venv/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 clean:
-	rm -rf .venv runs build dist *.egg-info
+	rm -rf .venv runs site build dist *.egg-info

@@ -39,10 +39,13 @@ class Config:
             predictions over the cells of each teacher token, "resample-teacher" brings the teacher's
             tokens to the student's grid; None: the first where the teacher's grid is as coarse or
             coarser, else the second.
-        epochs: length of the schedule. max_steps: stop after so many steps of it (free).
+        epochs: length of the schedule.
+        max_steps: stop after so many steps of it (free).
         epoch_size: images that make an epoch; None: all of the data.
-        batch_size: images per process and forward pass. accumulate: forward passes per step.
-        blr: learning rate per 256 images of the global batch; lr: the learning rate itself.
+        batch_size: images per process and forward pass.
+        accumulate: forward passes per step.
+        blr: learning rate per 256 images of the global batch.
+        lr: the learning rate itself, in place of blr.
         warmup_epochs: None: 40, or a tenth of the epochs where that is less.
         weight_decay: on matrices; none on biases, norms, tokens and position embeddings.
         clip_grad: largest norm of the gradient; None: not clipped.

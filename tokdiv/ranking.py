@@ -54,10 +54,12 @@ class RankedTeacher:
 
     Attributes:
         name, rank (from 1), baseline, spec: which teacher, and how to load it again.
-        mean_similarity: mean over the images of the token similarity. diversity: 1 - that.
+        mean_similarity: mean over the images of the token similarity.
+        diversity: 1 - that.
         ci_low, ci_high: confidence sequence of the mean similarity over all of DATA; those of all
             teachers hold together with the run's confidence.
-        images: usable images measured. dtype: of the forward passes that the scores hold for.
+        images: usable images measured.
+        dtype: of the forward passes that the scores hold for.
         centred_similarity: of tokens minus the teacher's mean token; None where there were too few images.
         similarity_7x7: of tokens pooled to a 7 x 7 grid; None for a coarser grid.
     """
@@ -82,8 +84,10 @@ class Ranking:
 
     Attributes:
         data: source, count, fingerprint, and how many images were looked at and unusable.
-        settings: those of the run. certificate: certified, confidence, pairs by name.
-        teachers: best first. best_name: the winner, a trained teacher if there is one.
+        settings: those of the run.
+        certificate: certified, confidence, pairs by name.
+        teachers: best first.
+        best_name: the winner, a trained teacher if there is one.
         rates: images per second of each teacher, on this machine; not part of the hand-over.
     """
 

@@ -39,8 +39,9 @@ class Teacher(nn.Module):
         spec: how to load it again; None for a module of the user's own.
 
     Attributes:
-        grid: (rows, columns) of the tokens. num_tokens: K = rows * columns, without CLS or register
-            tokens. dim: C.
+        grid: (rows, columns) of the tokens.
+        num_tokens: K = rows * columns, without CLS or register tokens.
+        dim: C.
         dtype: of the forward pass; bfloat16 means autocast.
 
     Raises:
