@@ -58,15 +58,11 @@ from tokdiv.data import Source, open_source
 from tokdiv.dist import Processes, choose_dtype
 from tokdiv.errors import RunError, UsageError
 from tokdiv.similarity import token_similarity
-from tokdiv.spec import TeacherSpec
-from tokdiv.teacher import Teacher, load_teacher
+from tokdiv.spec import CUSTOM, TeacherSpec
+from tokdiv.teacher import Teacher, load_teacher, state_sha256
 
 MAX_IN_A_ROW = 10  # steps without a finite loss before the run stops
 SIMILARITY_EVERY = 10  # steps between measurements of the student's own token similarity
-KNN_IMAGES = (
-    10_000  # at most so many images to learn from in the online k-NN, and a fifth to measure on
-)
-KNN_NEIGHBOURS = 20
 
 
 @dataclass(frozen=True)
@@ -166,7 +162,7 @@ def _run(
     run: dict[str, Any] = {
         "version": __version__,
         "data": {"source": source.name, "count": source.count, "fingerprint": source.fingerprint},
-        "teacher": teacher.spec.to_dict() if teacher.spec is not None else {"name": teacher.name},
+        "teacher": teacher.spec.to_dict(),
         "config": config.to_dict(),
         "world": team.world,
     }
@@ -425,6 +421,13 @@ def _open_teacher(
 ) -> Teacher:
     """The teacher of a SPEC, of a ranking's winner, or the one given."""
     if isinstance(given, Teacher):
+        if given.spec.architecture == CUSTOM:
+            say(
+                f"remark: {given.name} is made by code of your own: without that code this run cannot "
+                f"be resumed, nor its teacher be loaded again"
+            )
+            digest = state_sha256(given.module)  # of its weights, known again on resuming
+            given.spec = dataclasses.replace(given.spec, sha256=digest)
         if given.size != config.image_size:
             say(
                 f"{given.name} sees the view resized from {config.image_size} to {given.size} pixels"
@@ -454,6 +457,11 @@ def _winner(path: Path, say: Callable[[str], None]) -> TeacherSpec:
 
     ranking = load_ranking(path)
     best: TeacherSpec = ranking.best
+    if best.architecture == CUSTOM:
+        raise UsageError(
+            f"--teacher '{path}': its winner '{best.name}' was made by code of your own, which a ranking does not "
+            f"hold; name that code with --teacher-module FILE.py:FUNCTION in place of --teacher"
+        )
     say(f"teacher: {best.name}, the winner of {path}")
     if not ranking.certified:
         say("remark: this ranking is not certified: the order of its teachers may be chance")

@@ -143,7 +143,7 @@ def rank(
 
     ranking = tokdiv.rank(
         data,
-        [*(teacher or []), *_own_teacher(teacher_module)],
+        [*(teacher or []), *own_teacher(teacher_module)],
         out,
         resume=resume,
         max_images=max_images,
@@ -189,7 +189,7 @@ def maps(
 
     draw_maps(
         images,
-        [*(teacher or []), *_own_teacher(teacher_module)],
+        [*(teacher or []), *own_teacher(teacher_module)],
         out,
         query=_query(query),
         device=device,
@@ -233,7 +233,7 @@ def depth(
     print(f"figure: {out / 'depth.png'}")
 
 
-def _own_teacher(module: str | None) -> "list[Teacher]":
+def own_teacher(module: str | None) -> "list[Teacher]":
     """Run the user's own code for --teacher-module, and say so."""
     if module is None:
         return []

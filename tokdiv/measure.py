@@ -8,7 +8,6 @@ the others how to go on, so that all of them stop at the same image whatever the
 """
 
 import dataclasses
-import hashlib
 import os
 import signal
 import sys
@@ -42,7 +41,7 @@ from tokdiv.ranking import (
 from tokdiv.scores import MEASURES, Scores, ScoreTable
 from tokdiv.similarity import pooled_similarity, token_similarity
 from tokdiv.spec import CUSTOM, TeacherSpec
-from tokdiv.teacher import Teacher, load_teachers
+from tokdiv.teacher import Teacher, load_teachers, state_sha256
 
 MEAN_IMAGES = 256  # usable images that the mean token of `centred_similarity` is taken from
 SAVE_SECONDS = 12  # the first step to end later than this after a store is stored as well
@@ -221,19 +220,10 @@ def _load(
                 f"use a larger --image-size or an earlier block (:blocks=N)"
             )
         if teacher.spec.architecture == CUSTOM:
-            digest = _state_sha256(teacher.module)
+            digest = state_sha256(teacher.module)
             teacher.spec = dataclasses.replace(teacher.spec, sha256=digest, size=teacher.size)
         teacher.prepare(group.device, settings.dtype, compiled)
     return loaded
-
-
-def _state_sha256(module: torch.nn.Module) -> str:
-    """What stands for the file of a module that has none."""
-    hashed = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        hashed.update(name.encode())
-        hashed.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return hashed.hexdigest()
 
 
 @dataclass(frozen=True)
