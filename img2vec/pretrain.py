@@ -39,7 +39,7 @@ from img2vec.checkpoint import (
 )
 from img2vec.config import Config, make_config
 from img2vec.data import Batch, Plan, View, images_per_epoch, plan_epoch, read_epoch
-from img2vec.log import Log, Skipped
+from img2vec.log import Log, Skipped, check_wandb
 from img2vec.loss import global_loss, make_targets, patch_loss
 from img2vec.masking import Layout, plan_layout, split_indices
 from img2vec.model import Img2Vec, choose_attention, make_student
@@ -131,6 +131,9 @@ def _run(
     compiles = config.compile == "on" or (config.compile == "auto" and device.type == "cuda")
     say = _sayer(main)
 
+    if config.wandb:
+        check_wandb()
+
     # What is learned from, from whom, and where things lie.
     source = open_source(data)
     plan = plan_epoch(
@@ -203,7 +206,7 @@ def _run(
         total = min(progress.step + left, config.max_steps or progress.step + left)
     say(_headline(config, source, plan, layout, teacher, model, peak, dtype, team))
     skipped_images = Skipped(out)
-    log = Log(out, progress.step, total, main, config.wandb, run)
+    log = stack.enter_context(Log(out, progress.step, total, main, config.wandb, run))
     workers = config.workers or _default_workers(team)
     cache: dict[int, bytes] | None = {} if config.cache_ram and source.permutable else None
     knn = prepare_knn(source, config, say)
@@ -352,9 +355,6 @@ def _run(
         raise RunError(
             f"not enough memory on {device} for {plan.batch_size} images at a time: {remedy}"
         ) from error
-    finally:
-        log.draw()
-        log.close()
 
     # The student, for timm.
     exported = out / "student"
