@@ -40,7 +40,7 @@ from img2vec.checkpoint import (
 from img2vec.config import Config, make_config
 from img2vec.data import Batch, Plan, View, images_per_epoch, plan_epoch, read_epoch
 from img2vec.log import Log, Skipped, check_wandb
-from img2vec.loss import global_loss, make_targets, patch_loss
+from img2vec.loss import global_loss, make_targets, patch_loss, split_targets
 from img2vec.masking import Layout, plan_layout, split_indices
 from img2vec.model import Img2Vec, choose_attention, make_student
 from img2vec.online import prepare_knn
@@ -386,14 +386,17 @@ def image_losses(
         The patch loss (B,), the global loss (B,), 0 where it is off, and the student's multi-block tokens
         (B, V, D) without a gradient.
     """
+    masked = split_indices(batch.masks, layout)[2]
     tokens = teacher(_resized(batch.images, teacher.size))
-    targets = make_targets(tokens, teacher.grid, layout, config.target_norm)
+    hidden, mean = split_targets(
+        make_targets(tokens, teacher.grid, layout, config.target_norm), masked
+    )
+    del tokens  # the teacher's memory is free again while the student runs
     with autocast:
         prediction = model(batch.images, batch.masks)
-    _, _, masked = split_indices(batch.masks, layout)
-    patch = patch_loss(prediction.tokens, targets, masked)
+    patch = patch_loss(prediction.tokens, hidden)
     image = prediction.image
-    whole = torch.zeros_like(patch) if image is None else global_loss(image, targets)
+    whole = torch.zeros_like(patch) if image is None else global_loss(image, mean)
     return patch, whole, prediction.representation.detach()
 
 
