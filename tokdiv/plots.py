@@ -7,6 +7,7 @@ one colour, from `teacher_colours`, in every figure that is given the same dict.
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import re
@@ -38,6 +39,11 @@ MARKERS = ("o", "s", "D", "^", "v", "P", "X", "<", ">", "h")
 DASHES: Any = ("-", "--", ":", "-.")
 QUERY_COLOUR = "#E8000B"
 COLOUR_MAP = "viridis"
+METADATA: dict[str, dict[str, Any]] = {  # of each kind of file, what would change from run to run
+    "png": {"Software": None},
+    "svg": {"Date": None},
+    "pdf": {"CreationDate": None, "Producer": None, "Creator": None},
+}
 
 STYLE: Any = {
     "font.family": "sans-serif",
@@ -820,31 +826,37 @@ def evidence_figure(
     return figure
 
 
+def encode_figure(figure: Figure, image_format: str, dpi: int = 200) -> bytes:
+    """`figure` as a file of `image_format`: "png", "svg" or "pdf".
+
+    No date or version is written into it, so equal figures give equal bytes.
+    """
+    file = io.BytesIO()
+    with mpl.rc_context(STYLE):
+        figure.savefig(file, format=image_format, dpi=dpi, metadata=METADATA[image_format])
+    return file.getvalue()
+
+
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
     """Write `figure` to `path` as its suffix says: .png (200 dpi), .svg or .pdf.
 
     The file appears whole or not at all: it is written beside its place under a temporary name and
-    then renamed. No date or version is written into it, so equal figures give equal files.
+    then renamed.
 
     Raises:
         UsageError: Another suffix.
     """
     path = Path(path)
-    metadata: dict[str, dict[str, Any]] = {
-        "png": {"Software": None},
-        "svg": {"Date": None},
-        "pdf": {"CreationDate": None, "Producer": None, "Creator": None},
-    }
     suffix = path.suffix.lower().removeprefix(".")
-    if suffix not in metadata:
+    if suffix not in METADATA:
         raise UsageError(
             f"cannot write a figure to {str(path)!r}: expected a name that ends in .png, .svg or"
             " .pdf; rename it"
         )
+    encoded = encode_figure(figure, suffix)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with mpl.rc_context(STYLE), temporary.open("wb") as file:
-            figure.savefig(file, format=suffix, dpi=200, metadata=metadata[suffix])
+        temporary.write_bytes(encoded)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
