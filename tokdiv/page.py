@@ -5,6 +5,7 @@ escaped: names of files, labels and keys are the user's data, not markup.
 """
 
 import base64
+import re
 from typing import Any
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
@@ -15,6 +16,8 @@ from tokdiv import __version__
 from tokdiv.plots import encode_figure
 
 MEDIA_TYPES = {"svg": "image/svg+xml", "png": "image/png"}
+# What no HTML may hold, as a name in a .tar can; tab and newline may stay.
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 MISSING = "\N{EN DASH}"  # stands for a number that there is not
 
 
@@ -22,8 +25,8 @@ def render(template: str, package: str = "tokdiv", **context: Any) -> str:
     """The page that a template of a package makes of `context`, as HTML.
 
     Args:
-        template: a file in the package's folder `templates`; it may extend `base.html`, and import its
-            macros `swatch`, `scroll` and `command`.
+        template: a file in the package's folder `templates`; it may extend `base.html`, and import
+            `swatch`, `scroll` and `command` from `macros.html`.
         package: whose templates; those of tokdiv are found from any.
         **context: what the template names; one that is missing raises jinja2.UndefinedError. Text is
             escaped, `inline_figure` excepted.
@@ -36,7 +39,8 @@ def render(template: str, package: str = "tokdiv", **context: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"count": _count, "fixed": _fixed}
-    return environment.get_template(template).render(version=__version__, **context)
+    page = environment.get_template(template).render(version=__version__, **context)
+    return CONTROL.sub("\N{REPLACEMENT CHARACTER}", page)
 
 
 def inline_figure(
@@ -66,10 +70,11 @@ def inline_figure(
     kind = ("raster" if image_format == "png" else "drawn") + (
         "" if narrow is not None else " wide"
     )
+    # Without a narrow twin it scrolls on a narrow screen, in a box that the keyboard reaches.
     box = (
         Markup("")
         if narrow is not None
-        else Markup(' role="region" tabindex="0" aria-label="picture"')
+        else Markup(' role="group" tabindex="0" aria-label="Figure"')
     )
     picture = Markup(
         '<picture>\n{}<img class="{}" src="{}" width="{}" height="{}" alt="{}">\n</picture>'
