@@ -26,7 +26,7 @@ def render(template: str, package: str = "tokdiv", **context: Any) -> str:
 
     Args:
         template: a file in the package's folder `templates`; it may extend `base.html`, and import
-            `swatch`, `scroll` and `command` from `macros.html`.
+            `swatch`, `coloured`, `scroll` and `command` from `macros.html`.
         package: whose templates; those of tokdiv are found from any.
         **context: what the template names; one that is missing raises jinja2.UndefinedError. Text is
             escaped, `inline_figure` excepted.

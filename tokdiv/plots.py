@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 from matplotlib.transforms import Bbox
 from numpy.typing import ArrayLike, NDArray
 
@@ -822,16 +822,21 @@ def evidence_figure(
             room = (70 if width >= 5 else 34) // len(sides)
             label = " < ".join(fit_name(side, room, 1) for side in sides) + f" ({state})"
             handles.insert(0, _key(label, colour, linestyle=dash, marker=marker, ms=5, **filling))
-    axes.set_xscale("log")
+    axes.set_xscale("log", subs=())
     axes.set_yscale("log")
+    span = counts.max(initial=1) / max(counts.min(initial=np.inf), 1)
+    if span < 30:  # too short for powers of ten alone
+        steps = (1, 2, 5) if span > 5 else (1, 1.5, 2, 3, 4, 6, 8)
+        axes.xaxis.set_major_locator(LogLocator(subs=steps))
     axes.set_ylim(floor, ceiling)
     axes.axhline(threshold, color="#222222", linestyle="--", linewidth=1.0, zorder=4)
     axes.annotate(
-        f"decided at {threshold:,.4g}",
-        (0.0, threshold),
+        f"decided\nat {threshold:,.4g}",
+        (1.0, threshold),
         xycoords=("axes fraction", "data"),
-        xytext=(4, 3),
+        xytext=(4, 0),
         textcoords="offset points",
+        va="center",
         fontsize=7.5,
     )
     for axis in (axes.xaxis, axes.yaxis):

@@ -104,6 +104,7 @@ def write_report(
         best=ranking[ranking.best_name],
         lead=_lead(ranking),
         colours=colours,
+        labels={t.name: _label(t, ranking.best_name) for t in ranking.teachers},
         confidence=f"{100 * ranking.settings['confidence']:.6g}%",
         similarity=inline_figure(
             figure,
@@ -180,6 +181,12 @@ def _read_skipped(folder: Path) -> list[tuple[str, str]]:
             return [(row[0], row[1]) for row in list(csv.reader(file))[1:] if len(row) == 2]
     except (OSError, csv.Error, ValueError):
         return []
+
+
+def _label(teacher: RankedTeacher, best: str) -> str:
+    """A name with what it is, in words and not by its style alone."""
+    marks = [*(["best"] if teacher.name == best else []), *(["baseline"] * teacher.baseline)]
+    return f"{teacher.name} ({', '.join(marks)})" if marks else teacher.name
 
 
 def _lead(ranking: Ranking) -> str:
@@ -285,7 +292,7 @@ def _evidence_picture(ranking: Ranking, evidence: _Evidence, colours: dict[str, 
     return inline_figure(
         draw(6.5),
         f"Evidence for the order of each pair against the images seen: {'; '.join(said)}.",
-        f"The most that a bet against equal means has grown to, by pair. A pair is decided from {threshold:,.4g} on: "
+        f"The most that a bet against equal means has grown to. A pair is decided from {threshold:,.4g} on: "
         f"the number of pairs over the probability of error. A line has the colour of the more diverse teacher, "
         f"its mark is filled with that of the other.",
         narrow=draw(NARROW),
@@ -516,10 +523,10 @@ def _caveats(ranking: Ranking) -> list[tuple[str, str]]:
         (
             "A published doubt",
             "That diverse tokens make a good teacher is a finding of one paper (Img2Vec, arXiv 2304.12535). dBOT "
-            "(arXiv 2209.03917) finds that when a student becomes the teacher of the next, several times over, "
-            "the first teacher matters little; Hybrid Distill (arXiv 2306.15876) looks at the diversity of "
-            "attention heads instead. A ranking says whose tokens are the more diverse; which student is the "
-            "better one, only pretraining says.",
+            "(arXiv 2209.03917) finds that the choice of the teacher matters less at equal data and architecture, "
+            "and hardly at all when each student in turn becomes the teacher of the next; Hybrid Distill (arXiv "
+            "2306.15876) looks at the diversity of attention heads instead. A ranking says whose tokens are the "
+            "more diverse; which student is the better one, only pretraining says.",
         )
     )
     return caveats
