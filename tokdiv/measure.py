@@ -165,7 +165,27 @@ def rank(
         _warn(source.warnings[warned:], group)
         if out:
             ranking.write(Path(out), table)
-        return group.broadcast(ranking)
+        group.broadcast(ranking)
+    if out:
+        _report(Path(out), ranking, source, loaded)
+    return ranking
+
+
+def _report(folder: Path, ranking: Ranking, source: Source, teachers: list[Teacher]) -> None:
+    """Show the run, which is whole: what fails in drawing it is said and spoils nothing."""
+    try:
+        from tokdiv.report import FILES, write_report
+
+        for name in FILES:  # those of an earlier end would show another ranking
+            (folder / name).unlink(missing_ok=True)
+        write_report(folder, ranking, source=source, teachers=teachers)
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        print(
+            f"warning: {folder} is whole, but its report could not be written ({reason}): "
+            f"`tokdiv report {folder}` tries again",
+            file=sys.stderr,
+        )
 
 
 def _warn(warnings: Sequence[str], group: Processes) -> int:
