@@ -57,6 +57,7 @@ from tokdiv import __version__
 from tokdiv.data import Source, open_source
 from tokdiv.dist import Processes, choose_dtype
 from tokdiv.errors import RunError, UsageError
+from tokdiv.ranking import versions
 from tokdiv.similarity import token_similarity
 from tokdiv.spec import CUSTOM, TeacherSpec
 from tokdiv.teacher import Teacher, load_teacher, state_sha256
@@ -168,6 +169,8 @@ def _run(
         "teacher": teacher.spec.to_dict(),
         "config": config.to_dict(),
         "world": team.world,
+        "command": sys.argv,
+        "versions": versions(),
     }
     stack.callback(open_out(out, run, resume, team).release)
     found = load_last(out)
@@ -364,6 +367,7 @@ def _run(
 
         described = student_export(config, state, run["teacher"], dataclasses.asdict(progress))
         export_student(out=exported, **described)
+        _report(out, state, teacher, source, say)
     if team.world > 1:
         distributed.barrier()
     return Pretrained(out, exported, progress.step, progress.epoch, _finite(loss))
@@ -387,7 +391,7 @@ def image_losses(
         (B, V, D) without a gradient.
     """
     masked = split_indices(batch.masks, layout)[2]
-    tokens = teacher(_resized(batch.images, teacher.size))
+    tokens = teacher(resized(batch.images, teacher.size))
     hidden, mean = split_targets(
         make_targets(tokens, teacher.grid, layout, config.target_norm), masked
     )
@@ -412,6 +416,23 @@ def _forked_generators(team: Processes) -> Iterator[None]:
 
 def _sayer(main: bool) -> Callable[[str], None]:
     return lambda text: print(text, file=sys.stderr, flush=True) if main else None
+
+
+def _report(
+    out: Path,
+    weights: dict[str, Tensor],
+    teacher: Teacher,
+    source: Source,
+    say: Callable[[str], None],
+) -> None:
+    """The page of the run; one that cannot be written spoils nothing."""
+    try:
+        from img2vec.report import write_report
+
+        write_report(out, weights=weights, teacher=teacher, source=source)
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        say(f"warning: {out} is whole, but its report could not be written ({reason})")
 
 
 def _open_teacher(
@@ -473,7 +494,7 @@ def _winner(path: Path, say: Callable[[str], None]) -> TeacherSpec:
     return best
 
 
-def _resized(images: Tensor, size: int) -> Tensor:
+def resized(images: Tensor, size: int) -> Tensor:
     """The same view for a teacher of another size: uint8 (B, 3, S, S) to uint8 (B, 3, size, size)."""
     if images.shape[-1] == size:
         return images

@@ -515,25 +515,30 @@ def _free_backup(folder: Path) -> Path:
     return backup
 
 
-def _config(source: "Source", settings: "Settings", specs: Sequence[TeacherSpec]) -> dict[str, Any]:
+def versions() -> dict[str, str]:
+    """Of this package and of what its numbers depend on."""
     import timm
     import torch
     import torchvision
 
+    return {
+        "tokdiv": __version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),  # a subclass of str, which no checkpoint may hold
+        "torchvision": torchvision.__version__,
+        "timm": timm.__version__,
+        "numpy": np.__version__,
+    }
+
+
+def _config(source: "Source", settings: "Settings", specs: Sequence[TeacherSpec]) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
         "command": sys.argv,
         "data": {"source": source.name, "count": source.count, "fingerprint": source.fingerprint},
         "settings": dataclasses.asdict(settings),
         "teachers": [spec.to_dict() for spec in specs],
-        "versions": {
-            "tokdiv": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            "timm": timm.__version__,
-            "numpy": np.__version__,
-        },
+        "versions": versions(),
     }
 
 
