@@ -28,7 +28,7 @@ def _page(out: Path) -> str:
 
 
 def _text(page: str) -> str:
-    body = re.sub(r"<style>.*?</style>", "", page, flags=re.S)
+    body = re.sub(r"<style>.*?</style>", "", page, flags=re.S).replace("</td>", " ")
     return " ".join(html.unescape(re.sub(r"<[^>]+>", "", body)).split())
 
 
