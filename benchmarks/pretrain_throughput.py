@@ -8,7 +8,8 @@ The same student (depth, widths, 80 of 196 patches visible, the same decoder), b
 ViTMAEForPreTraining; then a ResNet-50 teacher against the bound made of the bare student step plus the
 bare teacher's forward pass. Ours is timed as it is used, from uint8 images; the peers get normalised float
 images. Variants take turns within a repeat, and figures are medians of the repeats' ratios. Peak memory is
-that of a step in a process of its own, over what the process held before.
+the kernel's record of a process of its own that builds the variant and makes three steps, over what the
+process held after the imports.
 
 Needs `pip install lightly transformers`. Writes results/pretrain_throughput.{json,md}.
 """
@@ -16,11 +17,11 @@ Needs `pip install lightly transformers`. Writes results/pretrain_throughput.{js
 import argparse
 import gc
 import json
+import os
 import platform
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +33,7 @@ from torch import nn
 
 from img2vec.config import Config, make_config
 from img2vec.data import Batch
-from img2vec.loss import global_loss, make_targets, patch_loss
+from img2vec.loss import global_loss, make_targets, patch_loss, split_targets
 from img2vec.masking import draw_mask, plan_layout, split_indices
 from img2vec.model import Img2Vec, choose_attention, make_student
 from img2vec.optim import make_optimizer
@@ -85,17 +86,16 @@ def ours(
             teacher(batch.images)
 
     elif part == "student":
-        tokens = teacher(batch.images)
-        targets = make_targets(tokens, teacher.grid, layout, config.target_norm)
-        masked = split_indices(batch.masks, layout)[2]
+        targets = make_targets(teacher(batch.images), teacher.grid, layout, config.target_norm)
+        hidden, mean = split_targets(targets, split_indices(batch.masks, layout)[2])
 
         def step() -> None:
             with autocast:
                 prediction = model(batch.images, batch.masks)
-            patch = patch_loss(prediction.tokens, targets, masked)
+            patch = patch_loss(prediction.tokens, hidden)
             whole = torch.zeros_like(patch)
             if prediction.image is not None:
-                whole = global_loss(prediction.image, targets)
+                whole = global_loss(prediction.image, mean)
             update(patch, whole)
 
     else:
@@ -259,35 +259,28 @@ def peak_memory(arguments: argparse.Namespace) -> float:
     import transformers.models.vit_mae.modeling_vit_mae  # noqa: F401
 
     gc.collect()
-    page = 4096
-    highest, running = 0, True
-
-    def resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * page
-
-    before = resident()
-
-    def watch() -> None:
-        nonlocal highest
-        while running:
-            highest = max(highest, resident())
-            time.sleep(0.002)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
+    Path("/proc/self/clear_refs").write_text("5")  # the kernel's record of the peak begins anew
+    before = kibibytes("VmRSS")
     step = VARIANTS[arguments.memory](arguments)
     for _ in range(3):
         step()
-    running = False
-    watcher.join()
-    return (highest - before) / 2**20
+    return (kibibytes("VmHWM") - before) / 1024
+
+
+def kibibytes(field: str) -> int:
+    """A size in this process's status: VmRSS is what it holds now, VmHWM the most it held."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith(f"{field}:")))
 
 
 def memory_of(arguments: argparse.Namespace, name: str) -> float:
     command = [sys.executable, __file__, "--memory", name, "--device", arguments.device]
     command += ["--student", arguments.student, "--batch-size", str(arguments.batch_size)]
     command += ["--threads", str(arguments.threads)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    # Blocks of 128 KiB and more go back to the system when they are freed, for every variant: what glibc
+    # keeps of them by chance differs from run to run by tens of MiB.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(128 * 1024)}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     return float(done.stdout.split()[-1])
 
 

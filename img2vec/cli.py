@@ -9,6 +9,7 @@ import typer
 
 from img2vec.config import PRESETS
 from tokdiv import __version__
+from tokdiv.cli import TeacherModule, own_teacher
 from tokdiv.errors import UsageError
 
 app = typer.Typer(
@@ -72,18 +73,19 @@ def _options(
 @app.command("pretrain")
 def pretrain_command(
     data: Data,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="OUT", help="The folder to write, and to resume.")
+    ],
     teacher: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--teacher",
             "-t",
             metavar="SPEC_or_RUN",
             help="A teacher (see `tokdiv teachers`), or the folder of a ranking, which means its winner.",
         ),
-    ],
-    out: Annotated[
-        Path, typer.Option("--out", "-o", metavar="OUT", help="The folder to write, and to resume.")
-    ],
+    ] = None,
+    teacher_module: TeacherModule = None,
     preset: Annotated[
         str | None, typer.Option(help=f"One of {', '.join(PRESETS)}. [default: vit_base]")
     ] = None,
@@ -179,9 +181,15 @@ def pretrain_command(
 ) -> None:
     """Pretrain a student; what is not given comes from --config, then from --preset."""
     options = {k: v for k, v in locals().items() if k not in _NOT_SETTINGS}
+    if (teacher is None) == (teacher_module is None):
+        raise UsageError(
+            f"{'no teacher' if teacher is None else 'two teachers'} given: expected either --teacher "
+            f"SPEC_or_RUN, or --teacher-module FILE.py:FUNCTION for a network of your own"
+        )
     from img2vec.pretrain import pretrain
 
-    result = pretrain(data, teacher, out, preset=preset, config=config, resume=resume, **options)
+    given = teacher if teacher is not None else own_teacher(teacher_module)[0]
+    result = pretrain(data, given, out, preset=preset, config=config, resume=resume, **options)
     if _is_first_process():
         loss = "" if result.loss is None else f", loss {result.loss:.4f}"
         print(f"Done: step {result.step}, epoch {result.epoch}{loss}")
@@ -189,7 +197,7 @@ def pretrain_command(
         print(f'Load it: timm.create_model("local-dir:{result.student}", pretrained=True)')
 
 
-_NOT_SETTINGS = {"data", "teacher", "out", "preset", "config", "resume"}
+_NOT_SETTINGS = {"data", "teacher", "teacher_module", "out", "preset", "config", "resume"}
 
 
 @app.command()

@@ -1,37 +1,41 @@
 """What a run says while it goes: a bar, metrics.jsonl, TensorBoard, Weights & Biases, skipped images."""
 
 import csv
+import importlib.util
 import json
 import os
 import sys
 import threading
+import types
+import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from tqdm import tqdm
 
-from img2vec.checkpoint import truncate_metrics
+from img2vec.checkpoint import truncate_metrics, write_atomically
 from img2vec.plots import plot_loss
 from tokdiv.errors import UsageError
 
 METRICS, PICTURE, SKIPPED = "metrics.jsonl", "loss.png", "skipped.csv"
-EVENTS_EVERY = 10  # steps between TensorBoard's points
+EVENTS_EVERY = 10  # steps between the points of TensorBoard and Weights & Biases
+# Seconds to wait for Weights & Biases: at the start, before the run is recorded offline, and at the end.
+WANDB_START, WANDB_FINISH = 30, 120
 
 
 class Log:
     """The writers of one run; on other processes than the first it stays silent.
 
+    A context: leaving it draws loss.png and ends what was begun, marked as failed after an exception.
+
     Args:
         out: the run's folder. step: steps done before; lines behind it are dropped.
         total: steps of the whole run. main: whether this is the process that writes.
-        wandb: whether to report to Weights & Biases. settings: for it, the run's settings.
-
-    Raises:
-        UsageError: `wandb` is not installed.
+        wandb: whether to report to Weights & Biases. run: what config.json holds.
     """
 
     def __init__(
-        self, out: Path, step: int, total: int, main: bool, wandb: bool, settings: dict[str, Any]
+        self, out: Path, step: int, total: int, main: bool, wandb: bool, run: dict[str, Any]
     ) -> None:
         self.out, self.main = out, main
         self.bar = tqdm(
@@ -48,15 +52,28 @@ class Log:
 
             self._events = SummaryWriter(str(out), purge_step=step + 1 if step else None)
         except ImportError:
-            print("tensorboard is not installed: no events are written", file=sys.stderr)
+            self.say("tensorboard is not installed: no events are written")
         if wandb:
-            try:
-                import wandb as reporter
-            except ImportError:
-                raise UsageError(
-                    "--wandb: wandb is not installed; pip install wandb, or leave the option out"
-                ) from None
-            self._wandb = reporter.init(dir=str(out), config=settings, resume="allow", id=out.name)
+            self._wandb = self._start_wandb(run)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: types.TracebackType | None,
+    ) -> None:
+        self.bar.close()
+        if not self.main:
+            return
+        self._metrics.close()
+        self.draw()
+        if self._events is not None:
+            self._events.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=0 if kind is None else 1)
 
     def step(self, line: dict[str, Any]) -> None:
         """One optimizer step."""
@@ -85,20 +102,11 @@ class Log:
             self.bar.write(text, file=sys.stderr)
 
     def draw(self) -> None:
-        """Bring loss.png up to date."""
-        if self.main:
+        """Bring loss.png up to date; a picture that cannot be drawn costs no run."""
+        try:
             plot_loss(self.out / METRICS, self.out / PICTURE)
-
-    def close(self) -> None:
-        """Write out what is left."""
-        self.bar.close()
-        if not self.main:
-            return
-        self._metrics.close()
-        if self._events is not None:
-            self._events.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        except (OSError, ValueError) as error:
+            self.say(f"remark: {PICTURE} was not drawn: {error}")
 
     def _write(self, line: dict[str, Any]) -> None:
         self._metrics.write(json.dumps(line) + "\n")
@@ -110,7 +118,52 @@ class Log:
             for key, value in values.items():
                 self._events.add_scalar(f"{group}/{key}", value, line["step"])
         if self._wandb is not None:
-            self._wandb.log({f"{group}/{k}": v for k, v in values.items()}, step=line["step"])
+            # The step is a value among others, the x axis of `_start_wandb`: wandb's own counter never
+            # goes back, so that it would refuse the steps repeated after a kill.
+            named = {f"{group}/{k}": v for k, v in values.items()}
+            self._wandb.log({"step": line["step"], **named})
+
+    def _start_wandb(self, run: dict[str, Any]) -> Any:
+        """The run at Weights & Biases: the one that OUT names, else a new one, offline where need be."""
+        import wandb
+
+        name = self.out.resolve().name
+        note = self.out / "wandb" / "id"
+        if not note.is_file():
+            note.parent.mkdir(exist_ok=True)
+            write_atomically(note, uuid.uuid4().hex.encode())
+        options: dict[str, Any] = {
+            "project": os.environ.get("WANDB_PROJECT", "img2vec"),
+            "name": name,
+            "id": note.read_text().strip(),
+            "dir": str(self.out),
+            "config": {**run["config"], **{k: v for k, v in run.items() if k != "config"}},
+            "resume": "allow",
+            "allow_val_change": True,  # some settings may change when a run is resumed
+        }
+        waits: dict[str, Any] = {"init_timeout": WANDB_START}
+        if "finish_timeout" in getattr(wandb.Settings, "model_fields", ()):
+            waits["finish_timeout"] = WANDB_FINISH
+        try:
+            started = wandb.init(**options, settings=wandb.Settings(**waits))
+        except wandb.errors.Error as error:
+            reason = str(error).split("\n")[0].rstrip(". ")
+            self.say(
+                f"remark: Weights & Biases: {reason}; the run is recorded offline: upload it with "
+                f"`wandb sync {self.out / 'wandb'}/offline-run-*`"
+            )
+            wandb.teardown()  # its background service still holds the id
+            started = wandb.init(**options, mode="offline", settings=wandb.Settings(**waits))
+        started.define_metric("*", step_metric="step")
+        return started
+
+
+def check_wandb() -> None:
+    """Raise UsageError where Weights & Biases is not installed."""
+    if importlib.util.find_spec("wandb") is None:
+        raise UsageError(
+            "--wandb: wandb is not installed; pip install wandb, or leave the option out"
+        )
 
 
 class Skipped:

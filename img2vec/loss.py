@@ -59,29 +59,40 @@ def make_targets(tokens: Tensor, grid: Grid, layout: Layout, how: str) -> Tensor
     return normalise(tokens, how)
 
 
-def patch_loss(predictions: Tensor, targets: Tensor, masked: Tensor) -> Tensor:
+def split_targets(targets: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
+    """What the two losses compare with, so that the rest need not be kept while the student runs.
+
+    Args:
+        targets: (B, T, C) of all target tokens. masked: int64 (B, M), which are hidden.
+
+    Returns:
+        The hidden ones (B, M, C), and the mean of all, hidden or not, (B, C): the teacher saw the whole
+        view.
+    """
+    hidden = targets.gather(1, masked[..., None].expand(-1, -1, targets.shape[2]))
+    return hidden, targets.mean(dim=1)
+
+
+def patch_loss(predictions: Tensor, hidden: Tensor) -> Tensor:
     """Smooth L1 over the hidden tokens of each image (section 3.3).
 
     Args:
-        predictions: (B, M, C) of the hidden target tokens.
-        targets: (B, T, C) of all target tokens. masked: int64 (B, M), which are hidden.
+        predictions, hidden: (B, M, C), what the student says of the hidden target tokens, and they.
 
     Returns:
         (B,) the mean over the M tokens and C channels.
     """
-    hidden = targets.gather(1, masked[..., None].expand(-1, -1, targets.shape[2]))
     error = F.smooth_l1_loss(predictions.to(hidden), hidden, reduction="none", beta=BETA)
     return error.mean(dim=(1, 2))
 
 
-def global_loss(prediction: Tensor, targets: Tensor) -> Tensor:
+def global_loss(prediction: Tensor, mean: Tensor) -> Tensor:
     """Smooth L1 to the mean of all target tokens of each image (section 3.4).
 
     Args:
-        prediction: (B, C). targets: (B, T, C), hidden or not: the teacher saw the whole view.
+        prediction, mean: (B, C).
 
     Returns:
         (B,) the mean over the C channels.
     """
-    mean = targets.mean(dim=1)
     return F.smooth_l1_loss(prediction.to(mean), mean, reduction="none", beta=BETA).mean(dim=1)

@@ -292,22 +292,25 @@ def _last_tokens(block: Block, tokens: Tensor, count: int) -> Tensor:
 
     The same numbers, without the queries and the MLP of tokens that nobody reads.
     """
-    attention = block.attn
-    B, N, D = tokens.shape
+    hidden = tokens[:, -count:] + _last_attended(block.attn, block.norm1(tokens), count)
+    return hidden + block.mlp(block.norm2(hidden))
+
+
+def _last_attended(attention: Any, normed: Tensor, count: int) -> Tensor:
+    """The last `count` tokens of attention(normed); apart, so that its scores are gone before the MLP."""
+    D = normed.shape[2]
     heads, width = attention.num_heads, attention.head_dim
-    normed = block.norm1(tokens)
     weight, bias = attention.qkv.weight, attention.qkv.bias
-    queries = F.linear(normed[:, N - count :], weight[:D], bias[:D])
+    queries = F.linear(normed[:, -count:], weight[:D], bias[:D])
     queries = queries.unflatten(2, (heads, width)).transpose(1, 2)
     keys_values = F.linear(normed, weight[D:], bias[D:]).unflatten(2, (2, heads, width))
     keys, values = keys_values.permute(2, 0, 3, 1, 4).unbind(0)
     if attention.fused_attn:
         attended = F.scaled_dot_product_attention(queries, keys, values)
     else:
-        scores = queries * attention.scale @ keys.transpose(2, 3)
-        attended = scores.softmax(dim=3) @ values
-    hidden = tokens[:, N - count :] + attention.proj(attended.transpose(1, 2).flatten(2))
-    return hidden + block.mlp(block.norm2(hidden))
+        scores = (queries * attention.scale @ keys.transpose(2, 3)).softmax(dim=3)
+        attended = scores @ values
+    return attention.proj(attended.transpose(1, 2).flatten(2))
 
 
 def choose_attention(model: Img2Vec, device: torch.device, dtype: str) -> None:

@@ -39,8 +39,8 @@ from img2vec.checkpoint import (
 )
 from img2vec.config import Config, make_config
 from img2vec.data import Batch, Plan, View, images_per_epoch, plan_epoch, read_epoch
-from img2vec.log import Log, Skipped
-from img2vec.loss import global_loss, make_targets, patch_loss
+from img2vec.log import Log, Skipped, check_wandb
+from img2vec.loss import global_loss, make_targets, patch_loss, split_targets
 from img2vec.masking import Layout, plan_layout, split_indices
 from img2vec.model import Img2Vec, choose_attention, make_student
 from img2vec.online import prepare_knn
@@ -56,16 +56,13 @@ from tokdiv import __version__
 from tokdiv.data import Source, open_source
 from tokdiv.dist import Processes, choose_dtype, processes
 from tokdiv.errors import RunError, UsageError
+from tokdiv.ranking import versions
 from tokdiv.similarity import token_similarity
-from tokdiv.spec import TeacherSpec
-from tokdiv.teacher import Teacher, load_teacher
+from tokdiv.spec import CUSTOM, TeacherSpec
+from tokdiv.teacher import Teacher, load_teacher, state_sha256
 
 MAX_IN_A_ROW = 10  # steps without a finite loss before the run stops
 SIMILARITY_EVERY = 10  # steps between measurements of the student's own token similarity
-KNN_IMAGES = (
-    10_000  # at most so many images to learn from in the online k-NN, and a fifth to measure on
-)
-KNN_NEIGHBOURS = 20
 
 
 @dataclass(frozen=True)
@@ -134,6 +131,9 @@ def _run(
     compiles = config.compile == "on" or (config.compile == "auto" and device.type == "cuda")
     say = _sayer(main)
 
+    if config.wandb:
+        check_wandb()
+
     # What is learned from, from whom, and where things lie.
     source = open_source(data)
     plan = plan_epoch(
@@ -165,9 +165,11 @@ def _run(
     run: dict[str, Any] = {
         "version": __version__,
         "data": {"source": source.name, "count": source.count, "fingerprint": source.fingerprint},
-        "teacher": teacher.spec.to_dict() if teacher.spec is not None else {"name": teacher.name},
+        "teacher": teacher.spec.to_dict(),
         "config": config.to_dict(),
         "world": team.world,
+        "command": sys.argv,
+        "versions": versions(),
     }
     stack.callback(open_out(out, run, resume, team).release)
     found = load_last(out)
@@ -206,7 +208,7 @@ def _run(
         total = min(progress.step + left, config.max_steps or progress.step + left)
     say(_headline(config, source, plan, layout, teacher, model, peak, dtype, team))
     skipped_images = Skipped(out)
-    log = Log(out, progress.step, total, main, config.wandb, run)
+    log = stack.enter_context(Log(out, progress.step, total, main, config.wandb, run))
     workers = config.workers or _default_workers(team)
     cache: dict[int, bytes] | None = {} if config.cache_ram and source.permutable else None
     knn = prepare_knn(source, config, say)
@@ -355,9 +357,6 @@ def _run(
         raise RunError(
             f"not enough memory on {device} for {plan.batch_size} images at a time: {remedy}"
         ) from error
-    finally:
-        log.draw()
-        log.close()
 
     # The student, for timm.
     exported = out / "student"
@@ -367,6 +366,7 @@ def _run(
 
         described = student_export(config, state, run["teacher"], dataclasses.asdict(progress))
         export_student(out=exported, **described)
+        _report(out, state, teacher, source, say)
     if team.world > 1:
         distributed.barrier()
     return Pretrained(out, exported, progress.step, progress.epoch, _finite(loss))
@@ -389,14 +389,17 @@ def image_losses(
         The patch loss (B,), the global loss (B,), 0 where it is off, and the student's multi-block tokens
         (B, V, D) without a gradient.
     """
-    tokens = teacher(_resized(batch.images, teacher.size))
-    targets = make_targets(tokens, teacher.grid, layout, config.target_norm)
+    masked = split_indices(batch.masks, layout)[2]
+    tokens = teacher(resized(batch.images, teacher.size))
+    hidden, mean = split_targets(
+        make_targets(tokens, teacher.grid, layout, config.target_norm), masked
+    )
+    del tokens  # the teacher's memory is free again while the student runs
     with autocast:
         prediction = model(batch.images, batch.masks)
-    _, _, masked = split_indices(batch.masks, layout)
-    patch = patch_loss(prediction.tokens, targets, masked)
+    patch = patch_loss(prediction.tokens, hidden)
     image = prediction.image
-    whole = torch.zeros_like(patch) if image is None else global_loss(image, targets)
+    whole = torch.zeros_like(patch) if image is None else global_loss(image, mean)
     return patch, whole, prediction.representation.detach()
 
 
@@ -414,6 +417,23 @@ def _sayer(main: bool) -> Callable[[str], None]:
     return lambda text: print(text, file=sys.stderr, flush=True) if main else None
 
 
+def _report(
+    out: Path,
+    weights: dict[str, Tensor],
+    teacher: Teacher,
+    source: Source,
+    say: Callable[[str], None],
+) -> None:
+    """The page of the run; one that cannot be written spoils nothing."""
+    try:
+        from img2vec.report import write_report
+
+        write_report(out, weights=weights, teacher=teacher, source=source)
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        say(f"warning: {out} is whole, but its report could not be written ({reason})")
+
+
 def _open_teacher(
     given: str | TeacherSpec | Teacher,
     config: Config,
@@ -424,6 +444,13 @@ def _open_teacher(
 ) -> Teacher:
     """The teacher of a SPEC, of a ranking's winner, or the one given."""
     if isinstance(given, Teacher):
+        if given.spec.architecture == CUSTOM:
+            say(
+                f"remark: {given.name} is made by code of your own: without that code this run cannot "
+                f"be resumed, nor its teacher be loaded again"
+            )
+            digest = state_sha256(given.module)  # of its weights, known again on resuming
+            given.spec = dataclasses.replace(given.spec, sha256=digest)
         if given.size != config.image_size:
             say(
                 f"{given.name} sees the view resized from {config.image_size} to {given.size} pixels"
@@ -453,6 +480,11 @@ def _winner(path: Path, say: Callable[[str], None]) -> TeacherSpec:
 
     ranking = load_ranking(path)
     best: TeacherSpec = ranking.best
+    if best.architecture == CUSTOM:
+        raise UsageError(
+            f"--teacher '{path}': its winner '{best.name}' was made by code of your own, which a ranking does not "
+            f"hold; name that code with --teacher-module FILE.py:FUNCTION in place of --teacher"
+        )
     say(f"teacher: {best.name}, the winner of {path}")
     if not ranking.certified:
         say("remark: this ranking is not certified: the order of its teachers may be chance")
@@ -461,7 +493,7 @@ def _winner(path: Path, say: Callable[[str], None]) -> TeacherSpec:
     return best
 
 
-def _resized(images: Tensor, size: int) -> Tensor:
+def resized(images: Tensor, size: int) -> Tensor:
     """The same view for a teacher of another size: uint8 (B, 3, S, S) to uint8 (B, 3, size, size)."""
     if images.shape[-1] == size:
         return images

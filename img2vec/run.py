@@ -111,7 +111,19 @@ def check_same_run(out: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
             f"images): {remedy}"
         )
     teachers = [json.loads(json.dumps(r["teacher"])) for r in (old, new)]
-    for key in ("architecture", "weights", "sha256", "block", "norm", "size", "arguments", "seed"):
+    keys = [
+        "architecture",
+        "weights",
+        "sha256",
+        "block",
+        "norm",
+        "size",
+        "mean",
+        "std",
+        "arguments",
+    ]
+    keys += ["seed", "num_tokens", "dim", "parameters"]
+    for key in keys:
         if key == "weights" and teachers[0].get("sha256"):
             continue  # a file may move; its hash tells
         if teachers[0].get(key) != teachers[1].get(key):

@@ -63,7 +63,7 @@ def test_figures_know_nothing_of_networks():
 def test_measuring_does_not_need_the_figures():
     # At the top of a module, only where there is nothing to do but draw.
     for path in files("tokdiv"):
-        if path.name not in ("maps.py", "depth.py", "plots.py", "report.py"):
+        if path.name not in ("maps.py", "depth.py", "plots.py", "page.py", "report.py"):
             assert not imported(path, whole=False) & {"tokdiv.plots", "tokdiv.report"}, path.name
 
 

@@ -153,7 +153,7 @@ def rank(
 
     ranking = tokdiv.rank(
         data,
-        [*(teacher or []), *_own_teacher(teacher_module)],
+        [*(teacher or []), *own_teacher(teacher_module)],
         out,
         resume=resume,
         max_images=max_images,
@@ -174,6 +174,19 @@ def rank(
         if unusable := ranking.data["unusable"]:
             where = out / "skipped.csv"
             print(f"warning: unusable images skipped: {unusable:,} (see {where})", file=sys.stderr)
+
+
+@app.command()
+def report(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="The folder that `tokdiv rank` wrote.")
+    ],
+    device: Device = "auto",
+) -> None:
+    """Write RUN/report.html anew, and its figure: all that the ranking found, on one page without network."""
+    from tokdiv.report import write_report
+
+    print(write_report(run, device=device))
 
 
 @app.command()
@@ -199,7 +212,7 @@ def maps(
 
     draw_maps(
         images,
-        [*(teacher or []), *_own_teacher(teacher_module)],
+        [*(teacher or []), *own_teacher(teacher_module)],
         out,
         query=_query(query),
         device=device,
@@ -243,7 +256,7 @@ def depth(
     print(f"figure: {out / 'depth.png'}")
 
 
-def _own_teacher(module: str | None) -> "list[Teacher]":
+def own_teacher(module: str | None) -> "list[Teacher]":
     """Run the user's own code for --teacher-module, and say so."""
     if module is None:
         return []
@@ -295,27 +308,13 @@ def _ranking_text(ranking: "Ranking", out: Path) -> str:
     from tokdiv.listing import ranking_table
 
     lines = [ranking_table(ranking), "", *ranking.remarks()]
-    certificate, best = ranking.certificate, ranking[ranking.best_name]
-    of_best = ranking.settings["certify"] == "best"
-    certified = certificate["best_certified"] if of_best else ranking.certified
-    state = f"{'Winner' if of_best else 'Order'} {'certified' if certified else 'not certified'}"
-    seen, count = ranking.data["images"], ranking.data["count"]
-    lines.append(
-        f"{state} at {certificate['confidence']:.6g} confidence from {seen:,} of "
-        f"{count if count is None else format(count, ',')} images, scored in {_dtypes(ranking)}."
-    )
-    lines.append(
-        f"Written to {out}: ranking.json, ranking.csv, scores.parquet, skipped.csv, similarity.png"
-    )
+    lines.append(ranking.verdict())
+    lines.append(f"Written to {out}: ranking.json, ranking.csv, scores.parquet, skipped.csv")
+    if (out / "report.html").is_file():
+        lines.append(f"Report: {out / 'report.html'}")
+    best = ranking[ranking.best_name]
     lines.append(f"Best teacher: {best.name} (diversity {best.diversity:.4f})")
     return "\n".join(lines)
-
-
-def _dtypes(ranking: "Ranking") -> str:
-    """ "bfloat16", or "bfloat16 (a, b in float32)" where some teachers were measured otherwise."""
-    asked = ranking.settings["dtype"]
-    others = [teacher.name for teacher in ranking.teachers if teacher.dtype != asked]
-    return f"{asked} ({', '.join(others)} in float32)" if others else asked
 
 
 def main() -> None:

@@ -40,7 +40,7 @@ def measure_depth(
 ) -> pd.DataFrame:
     """Measure the token similarity of every block of each teacher, from one forward pass.
 
-    Writes depth.csv, depth.json and depth.png into `out`. A block's output is taken as it is; where the
+    Writes depth.csv, depth.json, depth.png and depth.svg into `out`. A block's output is taken as it is; where the
     teacher has a final norm, a last row gives its last block after it, as `rank` takes it.
 
     Returns:
@@ -118,7 +118,9 @@ def measure_depth(
         curves[str(name)] = tuple(
             curve[c].to_numpy() for c in ("block", "mean_similarity", "ci_low", "ci_high")
         )
-    save_figure(depth_figure(curves), folder / "depth.png")
+    figure = depth_figure(curves)
+    for suffix in ("png", "svg"):
+        save_figure(figure, folder / f"depth.{suffix}")
     return table
 
 

@@ -1,10 +1,13 @@
 """Similarity maps: the cosine of every token to one query token (Figure 3 of arXiv 2304.12535)."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from tokdiv.data import UnusableImage, centre_view, decode_image
 from tokdiv.dist import choose_device, choose_dtype
@@ -13,6 +16,8 @@ from tokdiv.plots import maps_figure, save_figure
 from tokdiv.similarity import cosine_map, token_similarity
 from tokdiv.spec import TeacherSpec
 from tokdiv.teacher import Teacher, load_teachers
+
+CENTRE = (0.5, 0.5)  # the query where none is given, in units of the view
 
 
 def draw_maps(
@@ -49,35 +54,78 @@ def draw_maps(
                 f"{teacher.name} gives K = 1 token at {teacher.size} px: there is no other one to compare it "
                 f"with; use a larger --image-size or an earlier block (:blocks=N)"
             )
-    row, column = query or (0.5, 0.5)
-    views, maps, tokens, rectangles, similarities = [], [], [], [], []
     for teacher in loaded:
         teacher.prepare(place, choose_dtype(dtype, place))
+    found = measure_maps(pictures, loaded, place, query or CENTRE)
+    figure = maps_figure(
+        found.views,
+        [t.name for t in loaded],
+        found.maps,
+        found.rectangles,
+        found.similarities,
+        tokens=found.tokens,
+    )
+    return save_figure(figure, out)
+
+
+@dataclass(frozen=True)
+class Maps:
+    """Of N images and T teachers, what `plots.maps_figure` draws.
+
+    Attributes:
+        views: N arrays (H, W, 3) uint8, as the first teacher sees them.
+        maps: maps[i][t], (rows, columns): the cosine of each token to the query token.
+        rectangles: N (top, left, bottom, right) of the query in units of the view: its patch in the finest grid.
+        similarities: [i][t], the token similarity of the image.
+        tokens: [i][t], (row, column) of the query token.
+    """
+
+    views: list[NDArray[np.uint8]]
+    maps: list[list[NDArray[Any]]]
+    rectangles: list[tuple[float, float, float, float]]
+    similarities: list[list[float]]
+    tokens: list[list[tuple[int, int]]]
+
+
+def measure_maps(
+    pictures: Sequence[torch.Tensor],
+    teachers: Sequence[Teacher],
+    device: torch.device,
+    query: tuple[float, float] = CENTRE,
+) -> Maps:
+    """The cosine of every token to the query token.
+
+    Args:
+        pictures: decoded images, uint8 (3, H, W).
+        teachers: T of them, prepared on `device`.
+        query: (row, column) in units of the view, 0 to 1.
+    """
+    row, column = query
+    found = Maps([], [], [], [], [])
     for picture in pictures:
         cosines, places, scores = [], [], []
-        for teacher in loaded:
+        for teacher in teachers:
             view = centre_view(picture, teacher.size)
-            found = teacher(view[None].to(place))
+            tokens = teacher(view[None].to(device))
             rows, columns = teacher.grid
             cell = min(int(row * rows), rows - 1), min(int(column * columns), columns - 1)
             cosines.append(
-                cosine_map(found, cell[0] * columns + cell[1])[0].view(rows, columns).cpu().numpy()
+                cosine_map(tokens, cell[0] * columns + cell[1])[0].view(rows, columns).cpu().numpy()
             )
             places.append(cell)
-            scores.append(float(token_similarity(found)[0]))
-        views.append(centre_view(picture, loaded[0].size).permute(1, 2, 0).numpy())
-        maps.append(cosines)
-        tokens.append(places)
-        similarities.append(scores)
+            scores.append(float(token_similarity(tokens)[0]))
+        found.views.append(centre_view(picture, teachers[0].size).permute(1, 2, 0).numpy())
+        found.maps.append(cosines)
+        found.tokens.append(places)
+        found.similarities.append(scores)
         # The patch outlined in the image is that of the finest grid: the others' hold it.
-        finest = max(range(len(loaded)), key=lambda n: loaded[n].num_tokens)
-        rows, columns = loaded[finest].grid
+        finest = max(range(len(teachers)), key=lambda n: teachers[n].num_tokens)
+        rows, columns = teachers[finest].grid
         top, left = places[finest]
-        rectangles.append((top / rows, left / columns, (top + 1) / rows, (left + 1) / columns))
-    figure = maps_figure(
-        views, [t.name for t in loaded], maps, rectangles, similarities, tokens=tokens
-    )
-    return save_figure(figure, out)
+        found.rectangles.append(
+            (top / rows, left / columns, (top + 1) / rows, (left + 1) / columns)
+        )
+    return found
 
 
 def _open(path: str | Path) -> torch.Tensor:

@@ -8,7 +8,6 @@ the others how to go on, so that all of them stop at the same image whatever the
 """
 
 import dataclasses
-import hashlib
 import os
 import signal
 import sys
@@ -43,7 +42,7 @@ from tokdiv.ranking import (
 from tokdiv.scores import MEASURES, Scores, ScoreTable
 from tokdiv.similarity import pooled_similarity, token_similarity
 from tokdiv.spec import CUSTOM, TeacherSpec
-from tokdiv.teacher import Teacher, load_teachers
+from tokdiv.teacher import Teacher, load_teachers, state_sha256
 from tokdiv.tuning import (
     COMPILE_IMAGES,
     choose_batch_size,
@@ -175,7 +174,27 @@ def rank(
         _warn(source.warnings[warned:], group)
         if out:
             ranking.write(Path(out), table)
-        return group.broadcast(ranking)
+        group.broadcast(ranking)
+    if out:
+        _report(Path(out), ranking, source, loaded)
+    return ranking
+
+
+def _report(folder: Path, ranking: Ranking, source: Source, teachers: list[Teacher]) -> None:
+    """Show the run, which is whole: what fails in drawing it is said and spoils nothing."""
+    try:
+        from tokdiv.report import FILES, write_report
+
+        for name in FILES:  # those of an earlier end would show another ranking
+            (folder / name).unlink(missing_ok=True)
+        write_report(folder, ranking, source=source, teachers=teachers)
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        print(
+            f"warning: {folder} is whole, but its report could not be written ({reason}): "
+            f"`tokdiv report {folder}` tries again",
+            file=sys.stderr,
+        )
 
 
 def _warn(warnings: Sequence[str], group: Processes) -> int:
@@ -221,7 +240,7 @@ def _load(
                 f"use a larger --image-size or an earlier block (:blocks=N)"
             )
         if teacher.spec.architecture == CUSTOM:
-            digest = _state_sha256(teacher.module)
+            digest = state_sha256(teacher.module)
             teacher.spec = dataclasses.replace(teacher.spec, sha256=digest, size=teacher.size)
         teacher.prepare(group.device, settings.dtype)
     return loaded
@@ -254,15 +273,6 @@ def _tune(
         if teacher.name in compiled:
             compile_teacher(teacher, size, must=settings.compile == "on")
     return dataclasses.replace(settings, batch_size=size)
-
-
-def _state_sha256(module: torch.nn.Module) -> str:
-    """What stands for the file of a module that has none."""
-    hashed = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        hashed.update(name.encode())
-        hashed.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return hashed.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ one colour, from `teacher_colours`, in every figure that is given the same dict.
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import re
@@ -25,7 +26,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 from matplotlib.transforms import Bbox
 from numpy.typing import ArrayLike, NDArray
 
@@ -38,6 +39,11 @@ MARKERS = ("o", "s", "D", "^", "v", "P", "X", "<", ">", "h")
 DASHES: Any = ("-", "--", ":", "-.")
 QUERY_COLOUR = "#E8000B"
 COLOUR_MAP = "viridis"
+METADATA: dict[str, dict[str, Any]] = {  # of each kind of file, what would change from run to run
+    "png": {"Software": None},
+    "svg": {"Date": None},
+    "pdf": {"CreationDate": None, "Producer": None, "Creator": None},
+}
 
 STYLE: Any = {
     "font.family": "sans-serif",
@@ -390,6 +396,7 @@ def maps_figure(
     *,
     tokens: Sequence[Sequence[tuple[int, int]]] | None = None,
     colours: Mapping[str, str] | None = None,
+    lowest: float | None = None,
 ) -> Figure:
     """Similarity maps: an image a row, its query patch in red, and a panel a teacher.
 
@@ -405,6 +412,8 @@ def maps_figure(
         tokens: tokens[i][t], (row, column) of the query token in the teacher's own grid; by
             default the token that holds the rectangle's centre.
         colours: From `teacher_colours`; by default made from `names`.
+        lowest: The lower end of the scale, for several figures of one scale; by default what the
+            maps need.
 
     Raises:
         ValueError: The lengths do not match.
@@ -419,10 +428,8 @@ def maps_figure(
     for row in maps:
         _check_lengths(num_teachers, maps=len(row), similarities=values.shape[1])
     known, _, _ = _looks(names, colours)
-    finite = [np.nanmin(m) for row in maps for m in row if np.isfinite(m).any()]
-    # One scale for all panels; its lower end is rounded down to 0.05, its upper end is a token's
-    # cosine with itself.
-    scale = Normalize(min(0.0, math.floor(min(finite, default=0.0) * 20) / 20), 1.0)
+    # One scale for all panels; its upper end is a token's cosine with itself.
+    scale = Normalize(lowest_cosine(maps) if lowest is None else lowest, 1.0)
     colour_map = mpl.colormaps[COLOUR_MAP].with_extremes(bad="#BDBDBD")
 
     # Readable panels first, then a page: 6.2 inches wide, 8 high.
@@ -483,6 +490,12 @@ def maps_figure(
         bar.outline.set_visible(False)  # type: ignore[operator]
         bar.ax.tick_params(labelsize=7)
     return figure
+
+
+def lowest_cosine(maps: Sequence[Sequence[NDArray[Any]]]) -> float:
+    """The lower end of a scale for all these maps: at most 0, rounded down to 0.05."""
+    finite = [float(np.nanmin(m)) for row in maps for m in row if np.isfinite(m).any()]
+    return min(0.0, math.floor(min(finite, default=0.0) * 20) / 20)
 
 
 def _draw_panel(
@@ -733,6 +746,8 @@ def evidence_figure(
     labels: Sequence[str],
     threshold: float,
     *,
+    tied: Sequence[bool] | None = None,
+    colours: Mapping[str, str] | None = None,
     width: float = 6.5,
     num_named: int = 7,
 ) -> Figure:
@@ -744,6 +759,9 @@ def evidence_figure(
             positive, or infinite); NaN where the pair was not followed.
         labels: The P pairs, such as 'a < b': both sides of ' < ' are shortened alike.
         threshold: The evidence at which a pair is decided, 1 / (its share of delta).
+        tied: The P pairs, True for one that ended as a tie: it is settled though never decided.
+        colours: From `teacher_colours`: a pair's line takes its first teacher's colour and its marker
+            is filled with the second's; by default pairs get colours of their own.
         width: Inches.
         num_named: As many pairs are named and coloured, those decided last; the rest is grey.
 
@@ -775,34 +793,50 @@ def evidence_figure(
     handles: list[Line2D] = []
     for place, p in reversed(list(enumerate(order))):
         is_named = place < num_named
+        sides = labels[p].split(" < ")
         colour = PALETTE[place % len(PALETTE)] if is_named else "#BBBBBB"
-        dash = DASHES[place // len(PALETTE) % len(DASHES)] if is_named else "-"
+        fill, dash = colour, DASHES[place // len(PALETTE) % len(DASHES)] if is_named else "-"
+        if is_named and colours is not None:
+            colour, fill = colours.get(sides[0], colour), colours.get(sides[-1], colour)
+            dash = DASHES[place % len(DASHES)]  # several pairs may begin with one teacher
         marker = MARKERS[place % len(MARKERS)] if is_named else "o"
         line_width, size = (1.4, 5.5) if is_named else (0.7, 2.5)
         followed = np.flatnonzero(~np.isnan(values[:, p]))
         style: dict[str, Any] = {"color": colour, "zorder": 3 if is_named else 2}
+        filling: dict[str, Any] = {
+            "mfc": fill,
+            "mec": colour,
+            "mew": 1.2 if fill != colour else 0.5,
+        }
         line = np.clip(values[:, p], floor, 10 * ceiling)
         axes.plot(counts, line, dash, linewidth=line_width, **style)
         if followed.size:
             # Where it was decided; where an open pair stands now.
             at = first[p] if first[p] < len(counts) else followed[-1]
-            axes.plot(counts[at], min(line[at], ceiling / 1.15), marker, ms=size, **style)
+            axes.plot(
+                counts[at], min(line[at], ceiling / 1.15), marker, ms=size, **style, **filling
+            )
         if is_named:
-            state = f"{counts[first[p]]:,.0f} images" if first[p] < len(counts) else "open"
-            sides = labels[p].split(" < ")
+            unsettled = "tie" if tied is not None and tied[p] else "open"
+            state = f"{counts[first[p]]:,.0f} images" if first[p] < len(counts) else unsettled
             room = (70 if width >= 5 else 34) // len(sides)
             label = " < ".join(fit_name(side, room, 1) for side in sides) + f" ({state})"
-            handles.insert(0, _key(label, colour, linestyle=dash, marker=marker, ms=5))
-    axes.set_xscale("log")
+            handles.insert(0, _key(label, colour, linestyle=dash, marker=marker, ms=5, **filling))
+    axes.set_xscale("log", subs=())
     axes.set_yscale("log")
+    span = counts.max(initial=1) / max(counts.min(initial=np.inf), 1)
+    if span < 30:  # too short for powers of ten alone
+        steps = (1, 2, 5) if span > 5 else (1, 1.5, 2, 3, 4, 6, 8)
+        axes.xaxis.set_major_locator(LogLocator(subs=steps))
     axes.set_ylim(floor, ceiling)
     axes.axhline(threshold, color="#222222", linestyle="--", linewidth=1.0, zorder=4)
     axes.annotate(
-        f"decided at {threshold:,.4g}",
-        (0.0, threshold),
+        f"decided\nat {threshold:,.4g}",
+        (1.0, threshold),
         xycoords=("axes fraction", "data"),
-        xytext=(4, 3),
+        xytext=(4, 0),
         textcoords="offset points",
+        va="center",
         fontsize=7.5,
     )
     for axis in (axes.xaxis, axes.yaxis):
@@ -813,38 +847,45 @@ def evidence_figure(
     axes.grid()
     rest = order[num_named:]
     if rest:
-        num_open = int((first[rest] == len(counts)).sum())
+        ties = np.zeros(len(labels), bool) if tied is None else np.asarray(tied, bool)
+        num_open = int(((first[rest] == len(counts)) & ~ties[rest]).sum())
         label = f"{len(rest)} more pair" + ("s" if len(rest) > 1 else "")
         handles.append(_key(f"{label} ({num_open} open)", "#BBBBBB", linewidth=0.9))
     figure.legend(handles=handles, loc="outside lower center", ncols=columns)
     return figure
 
 
+def encode_figure(figure: Figure, image_format: str, dpi: int = 200) -> bytes:
+    """`figure` as a file of `image_format`: "png", "svg" or "pdf".
+
+    No date or version is written into it, so equal figures give equal bytes.
+    """
+    file = io.BytesIO()
+    with mpl.rc_context(STYLE):
+        figure.savefig(file, format=image_format, dpi=dpi, metadata=METADATA[image_format])
+    return file.getvalue()
+
+
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
     """Write `figure` to `path` as its suffix says: .png (200 dpi), .svg or .pdf.
 
     The file appears whole or not at all: it is written beside its place under a temporary name and
-    then renamed. No date or version is written into it, so equal figures give equal files.
+    then renamed.
 
     Raises:
         UsageError: Another suffix.
     """
     path = Path(path)
-    metadata: dict[str, dict[str, Any]] = {
-        "png": {"Software": None},
-        "svg": {"Date": None},
-        "pdf": {"CreationDate": None, "Producer": None, "Creator": None},
-    }
     suffix = path.suffix.lower().removeprefix(".")
-    if suffix not in metadata:
+    if suffix not in METADATA:
         raise UsageError(
             f"cannot write a figure to {str(path)!r}: expected a name that ends in .png, .svg or"
             " .pdf; rename it"
         )
+    encoded = encode_figure(figure, suffix)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with mpl.rc_context(STYLE), temporary.open("wb") as file:
-            figure.savefig(file, format=suffix, dpi=200, metadata=metadata[suffix])
+        temporary.write_bytes(encoded)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -30,6 +30,8 @@ from tokdiv.spec import TeacherSpec
 if TYPE_CHECKING:
     from tokdiv.measure import Settings
     from tokdiv.sources import Source
+
+Name = TypeVar("Name", int, str)
 
 SCHEMA_VERSION = 1
 # Settings that change scores or what is concluded from them; a RUN is only resumed with the same. More
@@ -140,15 +142,67 @@ class Ranking:
             "best": self.best_name,
         }
 
+    @property
+    def next_best(self) -> RankedTeacher | None:
+        """The one that would win without the winner; None where no other one may."""
+        eligible = eligible_teachers(
+            [t.spec for t in self.teachers], self.settings["allow_baselines"]
+        )
+        others = [self.teachers[n] for n in eligible if self.teachers[n].name != self.best_name]
+        return others[0] if others else None
+
+    def pair(self, first: str, second: str) -> dict[str, Any]:
+        """What the certificate says of two teachers, its gap that of `second` above `first`."""
+        names = {first, second}
+        pair = next(p for p in self.certificate["pairs"] if {p["first"], p["second"]} == names)
+        if pair["first"] == first:
+            return pair
+        turned = {"gap": -pair["gap"] + 0.0, "low": -pair["high"], "high": -pair["low"]}
+        return pair | {"first": first, "second": second} | turned
+
+    def decided(self) -> set[tuple[str, str]]:
+        """All (a, b) where a is certified to be more diverse than b, also by way of others."""
+        pairs = self.certificate["pairs"]
+        return _consequences({(p["first"], p["second"]) for p in pairs if p["state"] == "decided"})
+
+    def order_by(self, column: str) -> list[str]:
+        """The trained teachers by another measure, most diverse first; those without it left out.
+
+        Args:
+            column: centred_similarity or similarity_7x7.
+        """
+        trained = [t for t in self.teachers if not t.baseline and getattr(t, column) is not None]
+        return [t.name for t in sorted(trained, key=lambda teacher: getattr(teacher, column))]
+
+    def verdict(self) -> str:
+        """How far the result is certain, and what it was measured on, in a sentence."""
+        of_best = self.settings["certify"] == "best"
+        certified = self.certificate["best_certified"] if of_best else self.certified
+        state = (
+            f"{'Winner' if of_best else 'Order'} {'certified' if certified else 'not certified'}"
+        )
+        seen, count = self.data["images"], self.data["count"]
+        return (
+            f"{state} at {self.certificate['confidence']:.6g} confidence from {seen:,} of "
+            f"{count if count is None else format(count, ',')} images, scored in {self._dtypes()}."
+        )
+
+    def _dtypes(self) -> str:
+        """ "bfloat16", or "bfloat16 (a, b in float32)" where some teachers were measured otherwise."""
+        asked = self.settings["dtype"]
+        others = [teacher.name for teacher in self.teachers if teacher.dtype != asked]
+        return f"{asked} ({', '.join(others)} in float32)" if others else asked
+
     def remarks(self) -> list[str]:
         """What a user of this ranking should know, a sentence each."""
         return [
-            *self._about_the_winner(),
-            *self._about_the_certificate(),
-            *self._about_the_measure(),
+            *self.about_the_winner(),
+            *self.about_the_certificate(),
+            *self.about_the_measure(),
         ]
 
-    def _about_the_winner(self) -> list[str]:
+    def about_the_winner(self) -> list[str]:
+        """The remarks on what the winner is."""
         best, remarks = self[self.best_name], []
         if best.baseline and not self.settings["allow_baselines"]:
             remarks.append(
@@ -169,7 +223,8 @@ class Ranking:
             )
         return remarks
 
-    def _about_the_certificate(self) -> list[str]:
+    def about_the_certificate(self) -> list[str]:
+        """The remarks on what is certain and what is not."""
         certificate, remarks = self.certificate, []
         if len(self.teachers) < 2:
             remarks.append(
@@ -198,20 +253,22 @@ class Ranking:
             )
         return remarks
 
-    def _about_the_measure(self) -> list[str]:
+    def about_the_measure(self) -> list[str]:
+        """The remarks on measures by which another one would win."""
         remarks = []
         trained = [t for t in self.teachers if not t.baseline]
         for column, what in (
             ("centred_similarity", "Centred at its mean token"),
             ("similarity_7x7", "Pooled to a 7x7 grid"),
         ):
-            values = {t.name: getattr(t, column) for t in trained if getattr(t, column) is not None}
-            if len(values) > 1 and min(values, key=values.__getitem__) != trained[0].name:
-                remarks.append(f"{what}, {min(values, key=values.__getitem__)} would come first.")
+            order = self.order_by(column)
+            comparable = [t.name for t in trained if t.name in order]
+            if len(order) > 1 and order[0] != comparable[0]:
+                remarks.append(f"{what}, {order[0]} would come first.")
         return remarks
 
     def write(self, folder: Path, table: ScoreTable) -> None:
-        """Write all of RUN but its config and state: ranking, scores, skipped images, figure.
+        """Write what RUN hands over: ranking, scores, skipped images. `tokdiv.report` draws it.
 
         Raises:
             RunError: the disk is full or not writable.
@@ -233,28 +290,8 @@ class Ranking:
         writer.writerows((table.key(p), reason) for p, reason in sorted(table.reasons.items()))
         write_whole(folder / "skipped.csv", text.getvalue())
         write_whole(folder / "ranking.csv", self.table.to_csv(index=False))
-        self._draw(folder, scores[usable][:, columns])
         # The hand-over goes last: where it is, everything else is there too.
         write_whole(folder / "ranking.json", json.dumps(self.to_dict(), indent=2) + "\n")
-
-    def _draw(self, folder: Path, scores: np.ndarray) -> None:
-        from tokdiv.plots import save_figure, similarity_figure
-
-        figure = similarity_figure(
-            [teacher.name for teacher in self.teachers],
-            scores,
-            [teacher.ci_low for teacher in self.teachers],
-            [teacher.ci_high for teacher in self.teachers],
-            [teacher.baseline for teacher in self.teachers],
-            best=self.best_name,
-            confidence=self.settings["confidence"],
-        )
-        try:
-            save_figure(figure, folder / "similarity.png")
-        except OSError as error:
-            raise RunError(
-                f"cannot write '{folder / 'similarity.png'}': {error.strerror}"
-            ) from None
 
 
 def load_ranking(path: str | os.PathLike[str]) -> Ranking:
@@ -305,11 +342,17 @@ def decided_pairs(certificate: Certificate) -> set[tuple[int, int]]:
     A teacher that was dropped is no longer compared, but whoever beats what beat it beats it too; all
     decisions hold together with the certificate's confidence, hence so does what follows from them.
     """
-    better = {(p.first, p.second) for p in certificate.pairs if p.state == "decided"}
-    for k, n, m in itertools.product(range(len(certificate.order)), repeat=3):
-        if (n, k) in better and (k, m) in better:
-            better.add((n, m))
-    return better
+    return _consequences({(p.first, p.second) for p in certificate.pairs if p.state == "decided"})
+
+
+def _consequences(better: set[tuple[Name, Name]]) -> set[tuple[Name, Name]]:
+    """(n, m) for all n that stand above an m, be it by way of others."""
+    every = sorted({n for pair in better for n in pair})
+    all_of_them = set(better)
+    for k, n, m in itertools.product(every, repeat=3):
+        if (n, k) in all_of_them and (k, m) in all_of_them:
+            all_of_them.add((n, m))
+    return all_of_them
 
 
 def certified_best(certificate: Certificate, eligible: Sequence[int]) -> list[int]:
@@ -485,25 +528,30 @@ def _free_backup(folder: Path) -> Path:
     return backup
 
 
-def _config(source: "Source", settings: "Settings", specs: Sequence[TeacherSpec]) -> dict[str, Any]:
+def versions() -> dict[str, str]:
+    """Of this package and of what its numbers depend on."""
     import timm
     import torch
     import torchvision
 
+    return {
+        "tokdiv": __version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),  # a subclass of str, which no checkpoint may hold
+        "torchvision": torchvision.__version__,
+        "timm": timm.__version__,
+        "numpy": np.__version__,
+    }
+
+
+def _config(source: "Source", settings: "Settings", specs: Sequence[TeacherSpec]) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
         "command": sys.argv,
         "data": {"source": source.name, "count": source.count, "fingerprint": source.fingerprint},
         "settings": dataclasses.asdict(settings),
         "teachers": [spec.to_dict() for spec in specs],
-        "versions": {
-            "tokdiv": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            "timm": timm.__version__,
-            "numpy": np.__version__,
-        },
+        "versions": versions(),
     }
 
 

@@ -1,6 +1,7 @@
 """The Teacher: uint8 images in, tokens out, whatever the network behind it."""
 
 import dataclasses
+import hashlib
 import importlib.util
 import inspect
 import os
@@ -342,6 +343,15 @@ def teacher_from_file(reference: str) -> Teacher:
             f"--teacher-module {reference} returned {type(teacher).__name__}, not a tokdiv.Teacher"
         )
     return teacher
+
+
+def state_sha256(module: torch.nn.Module) -> str:
+    """A hash of a module's weights: what stands for the file of one that has none."""
+    hashed = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        hashed.update(name.encode())
+        hashed.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return hashed.hexdigest()
 
 
 def load_teachers(
