@@ -149,7 +149,9 @@ def minus(text: str) -> str:
 class TestPage:
     def test_the_answer_comes_first(self, page: Page, content: dict[str, Any]) -> None:
         best = next(t for t in content["teachers"] if t["name"] == content["best"])
-        assert page.text.startswith(f"Best teacher: x Best teacher: x x has the most diverse tokens")
+        assert page.text.startswith(
+            f"Best teacher: x Best teacher: x x has the most diverse tokens"
+        )
         answer = page.text[: page.text.index("Ranking Most diverse first")]
         assert f"token diversity {best['diversity']:.4f}" in answer
         assert f"(99% interval {best['ci_low']:.4f} to {best['ci_high']:.4f})" in answer
@@ -334,7 +336,8 @@ class TestOddRuns:
         assert "the only one: S = " in page.text
         assert "measured on every image, so exact" in page.text
 
-    def test_ties_are_no_order(self, tmp_path: Path, data: Path) -> None:
+    def test_ties_are_no_order(self, tmp_path: Path) -> None:
+        data = coded_tar(tmp_path / "a.tar", 100)
         teachers = [coded_teacher(name, COLUMNS["x"]) for name in "abc"]
         page = self.ranked(tmp_path, data, teachers)
         assert "a tie, as the gap is certified to be below 0.002" in page.text
@@ -353,11 +356,10 @@ class TestOddRuns:
         ]
 
     def test_a_baseline_above_the_only_trained_teacher(self, tmp_path: Path, data: Path) -> None:
-        best = coded_teacher("x", np.full(COUNT, 0.9, np.float32))
-        page = self.ranked(tmp_path, data, [best, "pixels", "noise=timm:test_vit@random"])
+        page = self.ranked(tmp_path, data, [coded_teacher("x", COLUMNS["z"]), "hog"])
         assert "no other candidate is a trained teacher" in page.text
-        assert "above the winner" in page.text.lower()
-        assert "noise (diversity 0." in page.text
+        assert "The baseline hog stands above the winner" in page.text
+        assert "Above the winner: hog (diversity 1.0000, the winner's 0.4000)" in page.text
 
     def test_many_teachers_with_long_names(self, tmp_path: Path, data: Path) -> None:
         columns = similarities(COUNT, *np.linspace(0.3, 0.31, 12), sd=0.2)
@@ -366,7 +368,7 @@ class TestOddRuns:
         ]
         page = self.ranked(tmp_path, data, teachers, max_images=100)
         assert len(page.tables[2]) == 12
-        assert "Not decided within 100 images" in page.text
+        assert re.search(r"Not decided within \d+ images", page.text)
         assert re.search(r"\d+ remarks of this kind more", page.text)
         assert "Maps of 10 of the 12 teachers." in page.text
         assert "order not certified" in page.text.lower()
@@ -462,9 +464,11 @@ class TestRebuilding:
                 "holds 5 images, the ranking was made of 199",
             ),
             (
-                lambda run: pd.read_parquet(run / "scores.parquet")
-                .drop(columns="x")
-                .to_parquet(run / "scores.parquet"),
+                lambda run: (
+                    pd.read_parquet(run / "scores.parquet")
+                    .drop(columns="x")
+                    .to_parquet(run / "scores.parquet")
+                ),
                 "does not hold the scores",
             ),
         ],
@@ -562,7 +566,7 @@ class TestRanking:
 
 
 def test_a_template_that_misses_something_says_so() -> None:
-    with pytest.raises(Exception, match="'ranking' is undefined"):
+    with pytest.raises(Exception, match="is undefined"):
         render("ranking.html")
 
 
