@@ -149,9 +149,7 @@ def minus(text: str) -> str:
 class TestPage:
     def test_the_answer_comes_first(self, page: Page, content: dict[str, Any]) -> None:
         best = next(t for t in content["teachers"] if t["name"] == content["best"])
-        assert page.text.startswith(
-            f"Best teacher: x Best teacher: x x has the most diverse tokens"
-        )
+        assert page.text.startswith("Best teacher: x Best teacher: x x has the most diverse tokens")
         answer = page.text[: page.text.index("Ranking Most diverse first")]
         assert f"token diversity {best['diversity']:.4f}" in answer
         assert f"(99% interval {best['ci_low']:.4f} to {best['ci_high']:.4f})" in answer
