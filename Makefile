@@ -29,7 +29,7 @@ run: .venv/installed
 	$(BIN)/python -c "import timm; student = timm.create_model('local-dir:$(OUT)/pretrain/student', pretrained=True); \
 		print(f'timm loads the student: {student.num_features} features a token')"
 	@echo "ranking: $(OUT)/ranking/ranking.csv"
-	@echo "figure:  $(OUT)/ranking/similarity.png"
+	@echo "report:  $(OUT)/ranking/report.html"
 	@echo "maps:    $(OUT)/maps.png"
 	@echo "student: $(OUT)/pretrain/student"
 
@@ -45,6 +45,7 @@ bench: .venv/installed-dev
 	$(BIN)/python benchmarks/rank_throughput.py
 	$(BIN)/python benchmarks/precision.py
 	$(BIN)/python benchmarks/certify.py
+	$(BIN)/python benchmarks/report_size.py
 
 docs: .venv/installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

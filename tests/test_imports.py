@@ -60,6 +60,19 @@ def test_figures_know_nothing_of_networks():
     assert not packages(ROOT / "tokdiv" / "plots.py") & {"torch", "timm"}
 
 
+def test_only_the_report_is_above_the_ranking():
+    # What a run shows may be deleted: nothing else of tokdiv knows of it but at the end of a run.
+    importing = {
+        path.name: {name for name in ("tokdiv.page", "tokdiv.report") if name in imported(path)}
+        for path in files("tokdiv")
+    }
+    assert {name: found for name, found in importing.items() if found} == {
+        "cli.py": {"tokdiv.report"},
+        "measure.py": {"tokdiv.report"},
+        "report.py": {"tokdiv.page"},
+    }
+
+
 def test_measuring_does_not_need_the_figures():
     # At the top of a module, only where there is nothing to do but draw.
     for path in files("tokdiv"):

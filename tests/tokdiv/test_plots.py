@@ -342,7 +342,7 @@ class TestEvidenceFigure:
         assert "a < b (100 images)" in text
         assert "a < c (open)" in text
         assert "b < c (100 images)" in text
-        assert "decided at 20" in text
+        assert "decided\nat 20" in text
         assert figure.axes[0].get_xscale() == figure.axes[0].get_yscale() == "log"
 
     def test_names_those_decided_last_and_counts_the_rest(self) -> None:
@@ -353,6 +353,25 @@ class TestEvidenceFigure:
         assert "pair 0 (open)" in text
         assert "pair 5" not in text
         assert "15 more pairs (0 open)" in text
+
+    def test_a_tie_is_not_open(self) -> None:
+        evidence = np.array([[1.0, 30.0, 2.0]])
+        figure = plots.evidence_figure([64], evidence, list("abc"), 20, tied=[True, False, False])
+        text = texts_of(figure)
+        assert "a (tie)" in text and "b (64 images)" in text and "c (open)" in text
+        rest = plots.evidence_figure(
+            [64], evidence, list("abc"), 20, tied=[True, False, False], num_named=1
+        )
+        assert "2 more pairs (0 open)" in texts_of(rest)  # the open one is named first
+
+    def test_a_pair_has_the_colours_of_its_teachers(self) -> None:
+        colours = plots.teacher_colours(["a", "b"])
+        figure = plots.evidence_figure([64, 70], [[1.0], [30.0]], ["a < b"], 20, colours=colours)
+        lines = figure.axes[0].get_lines()
+        assert lines[0].get_color() == colours["a"]
+        assert lines[1].get_markerfacecolor() == colours["b"]
+        # A name may hold what stands between two.
+        plots.evidence_figure([64], [[1.0]], ["a < b < c < d"], 20, colours=colours)
 
     def test_takes_pairs_that_were_dropped_and_one_look(self) -> None:
         nothing = np.full((1, 2), np.nan)

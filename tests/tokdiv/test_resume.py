@@ -39,8 +39,8 @@ COLUMNS = similarities(COUNT, 0.30, 0.301, 0.45)
 
 @pytest.fixture(autouse=True)
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes longer than measuring these images; the command line's tests look at the figure."""
-    monkeypatch.setattr(tokdiv.Ranking, "_draw", lambda ranking, folder, scores: None)
+    """Drawing takes longer than measuring these images; test_report.py looks at them."""
+    monkeypatch.setattr(tokdiv.measure, "_report", lambda *given: None)
 
 
 @pytest.fixture(scope="module")
