@@ -21,6 +21,10 @@ OUT := runs/sample
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[docs]'
 	touch $@
 
+.venv/installed-bench: .venv/installed-dev
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[bench]'
+	touch $@
+
 run: .venv/installed
 	$(BIN)/tokdiv rank $(SAMPLES) -t sample -t pixels,hog -o $(OUT)/ranking
 	$(BIN)/tokdiv maps $(SAMPLES)/astronaut_face.jpg $(SAMPLES)/cat_portrait.jpg -t sample -t pixels,hog \
@@ -41,11 +45,8 @@ lint: .venv/installed-dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-bench: .venv/installed-dev
-	$(BIN)/python benchmarks/rank_throughput.py
-	$(BIN)/python benchmarks/precision.py
-	$(BIN)/python benchmarks/certify.py
-	$(BIN)/python benchmarks/report_size.py
+bench: .venv/installed-bench
+	$(BIN)/python benchmarks/bench.py
 
 docs: .venv/installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 
 import tokdiv
 from tokdiv.certify import OrderCertifier, look_schedule
+from tokdiv.teacher import load_teachers
 
 IMAGENET = 1_281_167
 
@@ -37,7 +38,7 @@ def timed(function) -> tuple[object, float]:
 def obvious_models(data: Path) -> dict[str, torch.nn.Module]:
     """The same networks as timm makes them; the ResNet-18's missing last stage stays untrained."""
     models = {}
-    for spec in tokdiv.load_teachers(real_teachers(data)):
+    for spec in load_teachers(real_teachers(data)):
         arguments = dict(spec.spec.arguments)
         model = timm.create_model(spec.spec.architecture, num_classes=0, **arguments)
         state = {k: v.float() for k, v in load_file(spec.spec.weights).items()}

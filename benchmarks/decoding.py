@@ -24,6 +24,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 import tokdiv
 from tokdiv.decode import centre_view, decode_image
+from tokdiv.teacher import load_teachers
 
 SIZE, SHORT = 224, 256  # pixels
 TEACHERS = ["pixels", "sample"]
@@ -121,7 +122,7 @@ def main() -> None:
     torch.set_num_threads(os.cpu_count() or 1)
     views = {n: torch.stack([view(data) for data in files]) for n, view in found.items()}
     shifts: dict[str, dict[str, tuple[float, float]]] = {}
-    for teacher in tokdiv.load_teachers(TEACHERS):
+    for teacher in load_teachers(TEACHERS):
         reference = scores(teacher, views["Pillow"])
         for name in found:
             difference = scores(teacher, views[name]) - reference

@@ -11,14 +11,15 @@ images. Variants take turns within a repeat, and figures are medians of the repe
 the kernel's record of a process of its own that builds the variant and makes three steps, over what the
 process held after the imports.
 
-Needs `pip install lightly transformers`. Writes results/pretrain_throughput.{json,md}.
+A last table says where a step's time goes: decode and augmentation of the photographs that ship with the
+package (in one thread; the loop does them beside the step), teacher, student and optimizer.
+
+Needs lightly and transformers: `pip install -e '.[bench]'`.
 """
 
 import argparse
 import gc
-import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -26,22 +27,23 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import machine
 import numpy as np
 import torch
-from machine import RESULTS as MACHINE_RESULTS  # noqa: F401  (lets it run uninstalled)
 from torch import nn
 
 from img2vec.config import Config, make_config
-from img2vec.data import Batch
+from img2vec.data import Batch, View, random_view
 from img2vec.loss import global_loss, make_targets, patch_loss, split_targets
 from img2vec.masking import draw_mask, plan_layout, split_indices
 from img2vec.model import Img2Vec, choose_attention, make_student
 from img2vec.optim import make_optimizer
 from img2vec.pretrain import image_losses
 from tokdiv import load_teacher
+from tokdiv.decode import decode_image
 
 Step = Callable[[], None]
-RESULTS = Path(__file__).parent / "results"
+SAMPLES = Path(__file__).parent.parent / "tokdiv" / "samples" / "images"
 RESNET = "timm:resnet50@random"  # speed does not depend on the weights
 HIDDEN = 116  # of 196 patches: what round(0.6 * 49) blocks of 32 px hide
 PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense, from NVIDIA's data sheets
@@ -61,13 +63,17 @@ def ours(
     part: str = "whole",
     **options: object,
 ) -> Step:
-    """One step of img2vec: "whole", the "student" alone on fixed targets, or the "teacher" alone."""
+    """One step of img2vec: "whole", the "student" alone on fixed targets, the "optimizer" or the "teacher" alone.
+
+    "fused" is the whole step with torch's fused attention everywhere, as it was before `choose_attention`.
+    """
     config: Config = make_config(arguments.student, options=options)
     device = arguments.device
     teacher = load_teacher(teacher_spec, device=device, dtype=dtype)
     layout = plan_layout(224, 16, 32, 0.6, teacher.grid)
     model = Img2Vec(make_student(config), layout, teacher.dim, config).to(device)
-    choose_attention(model, torch.device(device), dtype)
+    if part != "fused":
+        choose_attention(model, torch.device(device), dtype)
     if device == "cuda":
         teacher.prepare(device, dtype, compile=True)
         model.compile()
@@ -84,6 +90,13 @@ def ours(
 
         def step() -> None:
             teacher(batch.images)
+
+    elif part == "optimizer":
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+
+        def step() -> None:
+            optimizer.step()
 
     elif part == "student":
         targets = make_targets(teacher(batch.images), teacher.grid, layout, config.target_norm)
@@ -209,14 +222,16 @@ VARIANTS: dict[str, Callable[[argparse.Namespace], Step]] = {
     "lightly, bfloat16": lambda a: lightly(a, "bfloat16"),
     "Hugging Face, bfloat16": lambda a: hugging_face(a, "bfloat16"),
     "img2vec pixels, bfloat16": lambda a: ours(a, "bfloat16", "pixels"),
+    "img2vec pixels, bfloat16, fused attention": lambda a: ours(a, "bfloat16", "pixels", "fused"),
     "img2vec ResNet-50, float32": lambda a: ours(a, "float32", RESNET),
     "bare student, float32": lambda a: ours(a, "float32", RESNET, "student"),
     "bare ResNet-50, float32": lambda a: ours(a, "float32", RESNET, "teacher"),
     "img2vec ResNet-50, bfloat16": lambda a: ours(a, "bfloat16", RESNET),
     "bare student, bfloat16": lambda a: ours(a, "bfloat16", RESNET, "student"),
     "bare ResNet-50, bfloat16": lambda a: ours(a, "bfloat16", RESNET, "teacher"),
+    "bare optimizer": lambda a: ours(a, "bfloat16", RESNET, "optimizer"),
 }
-GROUPS = [list(VARIANTS)[:7], list(VARIANTS)[7:10], list(VARIANTS)[10:]]
+GROUPS = [list(VARIANTS)[:8], list(VARIANTS)[8:11], list(VARIANTS)[11:]]
 
 
 def seconds(step: Step, device: str) -> float:
@@ -300,7 +315,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--student", default="vit_small", help="a preset")
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--memory", help="only measure the peak memory of this variant")
@@ -331,6 +346,11 @@ def main() -> None:
             "img2vec pixels, bfloat16",
             lambda i: min(times[name.replace("float32", "bfloat16")][i] for name in peers),
         ),
+        "bfloat16, of the same with fused attention everywhere": paired(
+            times,
+            "img2vec pixels, bfloat16",
+            lambda i: times["img2vec pixels, bfloat16, fused attention"][i],
+        ),
         "ResNet-50 teacher, float32, of the bound (at least 0.93)": paired(
             times, "img2vec ResNet-50, float32", bound("float32")
         ),
@@ -338,22 +358,12 @@ def main() -> None:
             times, "img2vec ResNet-50, bfloat16", bound("bfloat16")
         ),
     }
-    memory_names = [*GROUPS[0]]
+    memory_names = GROUPS[0][:7]
     memory = {name: memory_of(arguments, name) for name in memory_names}
 
-    machine = platform.processor() or platform.machine()
-    if arguments.device == "cuda":
-        machine = torch.cuda.get_device_name()
-    elif Path("/proc/cpuinfo").is_file():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        machine = next(
-            (x.split(":")[1].strip() for x in lines if x.startswith("model name")), machine
-        )
     rates = {n: arguments.batch_size / statistics.median(t) for n, t in times.items()}
     result = {
-        "machine": machine,
         "threads": arguments.threads,
-        "torch": torch.__version__,
         "student": arguments.student,
         "batch_size": arguments.batch_size,
         "repeats": arguments.repeats,
@@ -362,43 +372,68 @@ def main() -> None:
         "ratios": ratios,
         "peak_memory_mib": memory,
     }
+    parts = step_parts(arguments, times)
+    result["milliseconds_an_image"] = parts
     if arguments.device == "cuda":
-        result["model_flops_utilisation"] = utilisation(arguments, rates, machine)
-    suffix = "" if arguments.device == "cpu" else "_cuda"
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"pretrain_throughput{suffix}.json").write_text(json.dumps(result, indent=1) + "\n")
-    text = [
-        "# Pretraining throughput",
-        "",
-        f"{machine}, {arguments.threads} threads, torch {torch.__version__}; {arguments.student}, batch "
-        f"{arguments.batch_size}, {arguments.repeats} interleaved repeats; "
-        "`python benchmarks/pretrain_throughput.py`.",
-        "",
-        "| a step of | images/s (median) | peak memory, MiB |",
-        "| --- | ---: | ---: |",
-    ]
+        result["model_flops_utilisation"] = utilisation(arguments, rates)
+    text = ["| a step of | images/s (median) | peak memory, MiB |", "| --- | ---: | ---: |"]
     text += [
         f"| {n} | {r:.2f} | {memory[n]:.0f} |" if n in memory else f"| {n} | {r:.2f} | |"
         for n, r in rates.items()
     ]
     text += ["", "| img2vec's speed | median (least to most) |", "| --- | ---: |"]
     text += [f"| {name} | {spread(values)} |" for name, values in ratios.items()]
+    whole = sum(parts.values())
+    text += ["", "| with a ResNet-50, bfloat16 | ms an image | share |", "| --- | ---: | ---: |"]
+    text += [f"| {name} | {ms:.1f} | {ms / whole:.1%} |" for name, ms in parts.items()]
+    text += [
+        "",
+        f"{arguments.student}, batch {arguments.batch_size}, {arguments.threads} threads, {arguments.repeats} "
+        "interleaved repeats.",
+    ]
     if "model_flops_utilisation" in result:
-        text += [
-            "",
-            f"Model FLOPs utilisation (bf16, pixels): {result['model_flops_utilisation']:.1%}",
-        ]
-    (RESULTS / f"pretrain_throughput{suffix}.md").write_text("\n".join(text) + "\n")
-    print("\n".join(text))
+        text[-1] += (
+            f" Model FLOPs utilisation (bf16, pixels): {result['model_flops_utilisation']:.1%}."
+        )
+    else:
+        text[-1] += " On a GPU: not measured."
+    machine.record("pretraining", result, "\n".join(text), arguments.device)
 
 
-def utilisation(
-    arguments: argparse.Namespace, rates: dict[str, float], machine: str
-) -> float | None:
+def step_parts(arguments: argparse.Namespace, times: dict[str, list[float]]) -> dict[str, float]:
+    """Milliseconds an image of each part of a step with a ResNet-50 teacher in bfloat16."""
+    layout = plan_layout(224, 16, 32, 0.6, (7, 7))
+    view = View(224, (0.2, 1.0), layout, seed=0)
+    files = [path.read_bytes() for path in sorted(SAMPLES.glob("*.jpg"))]
+    torch.set_num_threads(1)
+    begin = time.perf_counter()
+    images = [decode_image(data) for data in files]
+    decoded = time.perf_counter()
+    for position, image in enumerate(images):
+        random_view(image, view, 0, position)
+    augmented = time.perf_counter()
+    torch.set_num_threads(arguments.threads)
+    ms = {
+        name: statistics.median(times[name]) / arguments.batch_size * 1000
+        for name in ("bare ResNet-50, bfloat16", "bare student, bfloat16", "bare optimizer")
+    }
+    optimizer = ms["bare optimizer"]
+    return {
+        "decode": (decoded - begin) / len(files) * 1000,
+        "augmentation": (augmented - decoded) / len(files) * 1000,
+        "teacher": ms["bare ResNet-50, bfloat16"],
+        "student, forward and backward": ms["bare student, bfloat16"] - optimizer,
+        "optimizer": optimizer,
+    }
+
+
+def utilisation(arguments: argparse.Namespace, rates: dict[str, float]) -> float | None:
     """Model FLOPs utilisation in bf16: counted FLOPs of one step, of the device's dense peak."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    peak = next((value for name, value in PEAK_BF16.items() if name in machine), None)
+    peak = next(
+        (value for name, value in PEAK_BF16.items() if name in torch.cuda.get_device_name()), None
+    )
     if peak is None:
         return None
     small = argparse.Namespace(**vars(arguments) | {"device": "cpu", "batch_size": 1})

@@ -4,10 +4,14 @@
 
 The architectures are those of the paper's four teachers, with untrained weights, which cost the same. IMAGES is a
 folder; by default the photographs that ship with the package. All three ways take turns in one process, so
-that a noisy machine is noisy for all of them; what is reported are ratios of the medians.
+that a noisy machine is noisy for all of them; what is reported are medians of the repeats' ratios.
+
+The matrix peak is measured in the same run, by the largest product that ViT-B has at this batch size: it tells
+how near to the machine's limit each teacher runs, and how far above the script any loop could come.
 """
 
 import argparse
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -16,9 +20,11 @@ import machine
 import timm
 import torch
 from obvious_script import mean_similarities
+from torch.utils.flop_counter import FlopCounterMode
 
 import tokdiv
 import tokdiv.measure
+from tokdiv.decode import centre_view, decode_image
 from tokdiv.dist import choose_device, choose_dtype
 from tokdiv.similarity import pooled_similarity, token_similarity
 
@@ -38,8 +44,8 @@ def main() -> None:
     )
     parser.add_argument("images", nargs="?", type=Path, default=SAMPLES)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--num-images", type=int, help="[default: 64 on a CPU, 4096 on a GPU]")
-    parser.add_argument("--batch-size", type=int, help="[default: 32 on a CPU, 256 on a GPU]")
+    parser.add_argument("--num-images", type=int, help="[default: 32 on a CPU, 4096 on a GPU]")
+    parser.add_argument("--batch-size", type=int, help="[default: 16 on a CPU, 256 on a GPU]")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
         "--script-images", type=int, help="for the obvious script [default: half of them]"
@@ -47,8 +53,8 @@ def main() -> None:
     arguments = parser.parse_args()
     device = choose_device(arguments.device)
     gpu = device.type == "cuda"
-    batch_size = arguments.batch_size or (256 if gpu else 32)
-    num_images = arguments.num_images or (4096 if gpu else 64)
+    batch_size = arguments.batch_size or (256 if gpu else 16)
+    num_images = arguments.num_images or (4096 if gpu else 32)
     script_images = arguments.script_images or num_images // 2
     dtype = choose_dtype("auto", device)
     tokdiv.measure.MEAN_IMAGES = 2  # so that the centred similarity is computed, as in a long run
@@ -73,6 +79,10 @@ def main() -> None:
             for way, measure in ways.items():
                 rates[way].append(measure())
         share, parts = _similarity_share(teachers, views, device)
+        steps = _milliseconds(paths, teachers, views, device)
+        forward = sum(ms for name, ms in steps.items() if name.startswith("forward"))
+        steps["similarities"] = share * forward
+        peaks = {t: _matrix_peak(t, batch_size, device) for t in (torch.float32, torch.bfloat16)}
     ratios = {
         way: [r / other for r, other in zip(rates["rank"], rates[way])]
         for way in ("bound", "script")
@@ -91,10 +101,30 @@ def main() -> None:
         f"{num_images} images ({script_images} for the script) in batches of {batch_size}, "
         f"{arguments.repeats} paired repeats.",
     ]
+    flops = {teacher.name: _flops(teacher) for teacher in teachers}
+    whole = sum(steps.values())
+    rows += ["", "| one image | ms | share |", "| --- | ---: | ---: |"]
+    rows += [f"| {name} | {ms:.2f} | {ms / whole:.1%} |" for name, ms in steps.items()]
+    rows += ["", "| teacher | GFLOP an image | of the matrix peak |", "| --- | ---: | ---: |"]
+    shares = {}
+    for teacher in teachers:
+        speed = flops[teacher.name] / (steps[f"forward, {teacher.name}"] / 1000)
+        shares[teacher.name] = speed / peaks[teacher.dtype]
+        rows.append(
+            f"| {teacher.name} | {flops[teacher.name] / 1e9:.1f} | {shares[teacher.name]:.0%} |"
+        )
+    script_speed = sum(flops.values()) * machine.median(rates["script"])
+    ceiling = peaks[teachers[0].dtype] / script_speed
+    rows += [
+        "",
+        f"Matrix peak: {peaks[torch.bfloat16] / 1e9:.0f} GFLOP/s in bfloat16, {peaks[torch.float32] / 1e9:.0f} in "
+        f"float32. The script runs at {script_speed / 1e9:.0f} GFLOP/s: a loop of matrix products alone, at the "
+        f"peak and with everything else for nothing, would be {ceiling:.2f} times as fast.",
+        "Decoding runs in threads beside the forward passes.",
+    ]
     if not gpu:
-        rows.append("On a GPU: not measured here.")
+        rows.append("On a GPU: not measured.")
     result = {
-        "machine": machine.describe(str(device)),
         "dtype": dtype,
         "batch_size": batch_size,
         "num_images": num_images,
@@ -102,11 +132,61 @@ def main() -> None:
         "ratios": {way: machine.median(values) for way, values in ratios.items()},
         "similarity_share": share,
         "similarity_parts": parts,
+        "milliseconds_an_image": steps,
+        "share_of_matrix_peak": shares,
+        "matrix_peak": {str(t): peak for t, peak in peaks.items()},
+        "ceiling_over_script": ceiling,
     }
-    name = "rank_throughput_gpu" if gpu else "rank_throughput"
-    machine.write(
-        name, "Ranking throughput: the paper's four architectures", result, "\n".join(rows)
-    )
+    machine.record("ranking", result, "\n".join(rows), str(device))
+
+
+def _milliseconds(
+    paths: list[Path], teachers: list[tokdiv.Teacher], views: torch.Tensor, device: torch.device
+) -> dict[str, float]:
+    """Of one image: reading, decoding and the view in one thread, the copy, each forward pass."""
+    torch.set_num_threads(1)
+    paths, spent = paths[:64], {}
+
+    def each(name: str, function, items: list) -> list:
+        begun = time.perf_counter()
+        results = [function(item) for item in items]
+        spent[name] = (time.perf_counter() - begun) / len(items) * 1000
+        return results
+
+    images = each("decode", decode_image, each("read", Path.read_bytes, paths))
+    each("resize and crop", lambda image: centre_view(image, 224), images)
+    torch.set_num_threads(os.cpu_count() or 1)
+    if device.type == "cuda":
+        pinned = views.cpu().pin_memory()
+        spent["copy"] = _timed(lambda: pinned.to(device), device)[1] / len(views) * 1000
+    with torch.inference_mode():
+        for teacher in teachers:
+            seconds = _timed(lambda t=teacher: t(views), device)[1]
+            spent[f"forward, {teacher.name}"] = seconds / len(views) * 1000
+    return spent
+
+
+def _flops(teacher: tokdiv.Teacher) -> int:
+    """Floating-point operations of the forward pass of one image."""
+    view = torch.zeros(1, 3, 224, 224, dtype=torch.uint8, device=teacher.mean.device)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        teacher(view)
+    return counter.get_total_flops()
+
+
+def _matrix_peak(dtype: torch.dtype, batch_size: int, device: torch.device) -> float:
+    """FLOP/s of ViT-B's largest matrix product."""
+    rows, inner, columns = batch_size * 197, 768, 3072
+    tokens = torch.randn(rows, inner, device=device, dtype=dtype)
+    weight = torch.randn(columns, inner, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(8):
+        _wait(device)
+        begun = time.perf_counter()
+        torch.nn.functional.linear(tokens, weight)
+        _wait(device)
+        seconds.append(time.perf_counter() - begun)
+    return 2 * rows * inner * columns / min(seconds)
 
 
 def _repeat(source: Path, folder: Path, count: int) -> list[Path]:

@@ -26,6 +26,7 @@ from tokdiv.measure import Settings, _Judge, _Plan, _Step
 from tokdiv.scores import MEASURES, ScoreTable
 from tokdiv.similarity import token_similarity
 from tokdiv.sources import Source
+from tokdiv.teacher import load_teachers
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = ROOT / "tokdiv" / "samples" / "images"
@@ -163,7 +164,7 @@ def main() -> None:
         elif unmeasured:
             rows.append(f"\nViT-S. On {', '.join(unmeasured)} GPUs: not measured.")
 
-        teachers = tokdiv.load_teachers([f"s{n}={VIT}:seed={n}" for n in range(4)])
+        teachers = load_teachers([f"s{n}={VIT}:seed={n}" for n in range(4)])
         rank_seconds(images, teachers, 16)
         rows += [
             "",

@@ -24,7 +24,7 @@ LONGEST_STEP = 10.0  # seconds; beyond it, interruptions and looks wait too long
 # A gap of 0.01 is decided after about so many (benchmarks/results/certify.md): a run that stops when the order
 # is known counts on no more.
 CERTIFIED_IMAGES = 1_024
-COMPILE_IMAGES = 512  # a shorter run is not even worth the passes that would tell
+COMPILE_IMAGES = 1_600  # of a shorter run, the passes that would tell take more than 2%
 # What torch.compile takes, and how many times as fast the result is at the least: measured for
 # ViT-B and ResNet-50 on a CPU (benchmarks/results), timm's tables for a GPU.
 COMPILE_SECONDS = {"cpu": 60.0, "cuda": 60.0}
@@ -67,19 +67,21 @@ def seconds_per_image(teachers: Sequence[Teacher], rows: int) -> dict[str, float
 
 
 def choose_batch_size(
-    teachers: Sequence[Teacher], images: int | None, first: int | None = None
+    teachers: Sequence[Teacher], images: int | None
 ) -> tuple[int, dict[str, float]]:
     """The batch size of `--batch-size auto`, and each teacher's seconds per image with it.
 
     From 16 images (64 on a GPU) the size doubles while that brings at least 3% more images/s, a step of all
-    teachers stays under 10 s, memory suffices, and the next trial fits into 2% of the run's time.
+    teachers stays under 10 s, memory suffices, and the trials fit into 2% of the run's time. A run too short
+    for two trials takes the first size unmeasured, and no seconds are returned.
 
     Args:
         images: how many this process will measure, None for a long run.
-        first: where to start, None for the default of the device.
     """
     kind = teachers[0].mean.device.type
-    size = first or FIRST.get(kind, 16)
+    size = FIRST.get(kind, 16)
+    if images is not None and 2 * size + 4 * size > SHARE * images:
+        return size, {}
     while True:
         try:
             seconds = seconds_per_image(teachers, size)
@@ -88,13 +90,13 @@ def choose_batch_size(
             if size == 1:
                 raise
             size //= 2
-    spent = 0.0
+    spent = 2 * size * sum(seconds.values())
     while size * 2 <= LARGEST.get(kind, 64):
         now = sum(seconds.values())
         trial = 4 * size * now  # two passes of twice the size
         if 2 * size * now > LONGEST_STEP:
             break
-        if images is not None and (2 * size > images or spent + trial > SHARE * images * now):
+        if images is not None and spent + trial > SHARE * images * now:
             break
         try:
             larger = seconds_per_image(teachers, 2 * size)

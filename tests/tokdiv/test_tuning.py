@@ -44,24 +44,16 @@ class TestBatchSize:
     def test_tries_no_more_than_a_short_run_bears(
         self, teacher: Teacher, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        # At 100 images/s a trial of 32 takes 2 x 32 images: 2% of a run of 3,200.
-        tried = timed(monkeypatch, lambda rows: 100.0 * rows)
-        assert tuning.choose_batch_size([teacher], 3_199)[0] == 16
-        assert tried == [16]
-        assert tuning.choose_batch_size([teacher], 3_200)[0] == 32
-        assert tried == [16, 16, 32]
+        # Two passes of 16 images and two of 32 are 2% of 4,800.
+        tried = timed(monkeypatch, lambda rows: 100.0)
+        assert tuning.choose_batch_size([teacher], 4_799) == (16, {})
+        assert tried == []
+        assert tuning.choose_batch_size([teacher], 4_800) == (16, {"one": 0.01})
+        assert tried == [16, 32]
 
     def test_keeps_a_step_short(self, teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
         timed(monkeypatch, lambda rows: 0.1 * rows)  # 10 s a step, whatever its size
         assert tuning.choose_batch_size([teacher], None)[0] == 16
-
-    def test_never_exceeds_the_images(
-        self, teacher: Teacher, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        tried = timed(monkeypatch, lambda rows: 1e9 * rows)
-        monkeypatch.setattr(tuning, "SHARE", 100.0)
-        assert tuning.choose_batch_size([teacher], 40)[0] == 32
-        assert tried == [16, 32]
 
     def test_shrinks_to_what_memory_holds(
         self, teacher: Teacher, monkeypatch: pytest.MonkeyPatch
@@ -84,16 +76,17 @@ class TestBatchSize:
         data = coded_tar(tmp_path / "images.tar", 40)
         teachers = [coded_teacher(n, s) for n, s in zip("ab", similarities(4096, 0.2, 0.21))]
         tried = timed(monkeypatch, lambda rows: 1e6)
+        monkeypatch.setattr(tuning, "SHARE", 1e6)  # the run is long enough for trials
         run = tmp_path / "run"
         tokdiv.rank(data, teachers, run, max_images=20, certify="none", **TINY)
-        assert tried == [16]
+        assert tried == [16, 32]
         assert json.loads((run / "config.json").read_text())["settings"]["batch_size"] == 16
         grown = tokdiv.rank(data, teachers, run, max_images=40, certify="none", **TINY)
-        assert tried == [16] and grown.settings["batch_size"] == 16
+        assert tried == [16, 32] and grown.settings["batch_size"] == 16
         other = tokdiv.rank(
             data, teachers, run, max_images=40, certify="none", batch_size=8, **TINY
         )
-        assert other.settings["batch_size"] == 8 and tried == [16]
+        assert other.settings["batch_size"] == 8 and tried == [16, 32]
 
 
 class TestCompile:
