@@ -54,11 +54,7 @@ MEASURES = {"knn": "k-NN accuracy", "probe": "linear probe accuracy"}
 
 def candidates(data: Path) -> list[str]:
     """SPECs: small but trained, untrained of the same architectures, classical, and real weights."""
-    real = [
-        spec
-        for spec in real_teachers(data)
-        if not spec.startswith(("mobilenet_qat", "mobilenet_in"))
-    ]
+    real = [spec for spec in real_teachers(data) if not spec.startswith("mobilenet")]
     return [
         "sample_mae_vit",
         "sample_dino_vit",

@@ -170,7 +170,7 @@ class TestPage:
             assert ("baseline" in cells["Teacher"]) == teacher["baseline"]
             assert ("best" in cells["Teacher"]) == (teacher["name"] == content["best"])
             assert cells["Diversity"] == minus(f"{teacher['diversity']:.4f}")
-            assert cells["Mean similarity"] == minus(f"{teacher['mean_similarity']:.4f}")
+            assert cells["Similarity"] == minus(f"{teacher['mean_similarity']:.4f}")
             low, high = teacher["ci_low"], teacher["ci_high"]
             assert cells["Interval"] == minus(f"{low:.4f} to {high:.4f}")
             for column, key in (("Centred", "centred_similarity"), ("7x7", "similarity_7x7")):
