@@ -489,7 +489,7 @@ def open_run(
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        write_whole(config, json.dumps(_config(source, settings, specs), indent=2) + "\n")
+        write_config(folder, source, settings, specs)
         state = folder / "state"
         state.mkdir(exist_ok=True)
     except OSError as error:
@@ -499,12 +499,23 @@ def open_run(
     return state
 
 
+def write_config(
+    out: str | os.PathLike[str],
+    source: "Source",
+    settings: "Settings",
+    specs: Sequence[TeacherSpec],
+) -> None:
+    """Write RUN/config.json: what is measured and how, and by which versions."""
+    text = json.dumps(_config(source, settings, specs), indent=2) + "\n"
+    write_whole(Path(out) / "config.json", text)
+
+
 def stored_batch_size(out: str | os.PathLike[str]) -> int | None:
     """The batch size that the run in the folder RUN was measured with; None where there is none."""
     config = Path(out) / "config.json"
     if not config.is_file():
         return None
-    size = _old_config(config)["settings"]["batch_size"]
+    size = _old_config(config)["settings"].get("batch_size")
     return size if isinstance(size, int) else None
 
 
