@@ -129,7 +129,7 @@ class Teacher(nn.Module):
             self._cast = True
         self._compiled = None
         if compile:
-            # Graphs are counted by function, and all teachers share `_features`: room for more than 8 of them.
+            # Graphs are counted by function, and all teachers share `_features`: room for more than 8 networks.
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
             self._compiled = torch.compile(self._features)
         return self
