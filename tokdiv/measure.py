@@ -252,6 +252,10 @@ def _load(
     )
     loaded = load_teachers(teachers, image_size=settings.image_size)
     for teacher in loaded:
+        if teacher.name in ("position", "key"):  # columns of scores.parquet
+            raise UsageError(
+                f"{teacher.name}: this label names another column of the scores; write LABEL=SPEC"
+            )
         if teacher.num_tokens < 2:
             raise UsageError(
                 f"{teacher.name} gives K = 1 token at {teacher.size} px: token similarity is undefined; "
