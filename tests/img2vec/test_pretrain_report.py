@@ -6,7 +6,6 @@ import re
 import shlex
 import shutil
 import signal
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -16,12 +15,11 @@ import torch
 from small import SMALL, make_teacher
 
 import img2vec
+import img2vec.pretrain as pretraining
 import img2vec.report as module
 from img2vec.plots import POINTS, loss_figure, read_metrics, watch_figure
 from img2vec.report import colours_of, write_report
 from tokdiv.errors import UsageError
-
-pretraining = sys.modules["img2vec.pretrain"]  # `img2vec.pretrain` is the function
 
 
 def _pretrain(data, out, teacher="pixels", **options):
