@@ -22,7 +22,7 @@ MISS = 0.05  # alpha of the simulated intervals
 WRONG = 0.1  # delta of the simulated orders: large, so that a broken rule would show
 TIE = 0.02
 METHODS = ("hedged", "bernstein", "naive")
-DECIDE = {0.05: 320, 0.02: 850, 0.01: 1900}  # true gap -> median images asked for
+DECIDE = {0.05: 320, 0.02: 850, 0.01: 1900}  # true gap -> median images, at most
 ASKED = {"hedged": "0.0130, 0.0045", "bernstein": "0.0160, 0.0047"}
 Rng = np.random.Generator
 
@@ -246,7 +246,7 @@ def main() -> None:
         "",
         f"Differences of sd 0.08, one of six pairs, 99%, N = {IMAGENET:,}; by the range of differences.",
         "",
-        "| true gap | asked for | [-1, 1] | [-2, 2] |",
+        "| true gap | target | [-1, 1] | [-2, 2] |",
         "| ---: | ---: | ---: | ---: |",
         *(
             f"| {gap} | {asked:,} | {needed[gap, '[-1, 1]']:,} | {needed[gap, '[-2, 2]']:,} |"
@@ -255,7 +255,7 @@ def main() -> None:
         "",
         "## Half-width of the interval (sd 0.1, alpha 0.05 / 6)",
         "",
-        "| method | range | at 1,000 | at 10,000 | asked for |",
+        "| method | range | at 1,000 | at 10,000 | target |",
         "| --- | --- | ---: | ---: | --- |",
         *(
             f"| {method} | [{lower:g}, 1] | {early:.4f} | {late:.4f} | {ASKED[method]} |"

@@ -74,7 +74,7 @@ def main() -> None:
     rows += [
         "",
         f"Largest shift of a teacher's mean: {max(map(abs, shifts.values())):.5f}; of a pair's difference: "
-        f"{abs(pairs[worst]):.5f} ({worst}). At most {LIMIT} is asked for, over {arguments.num_images} images.",
+        f"{abs(pairs[worst]):.5f} ({worst}). Target: at most {LIMIT}, over {arguments.num_images} images.",
     ]
     result = {
         "machine": machine.describe(device),

@@ -88,7 +88,7 @@ def main() -> None:
         for way in ("bound", "script")
     }
     rows = [
-        "| | images/s (median) | `tokdiv rank` over it | asked for |",
+        "| | images/s (median) | `tokdiv rank` over it | target |",
         "| --- | ---: | ---: | ---: |",
         f"| `tokdiv rank`, {dtype} | {machine.median(rates['rank']):.2f} | | |",
         f"| bare forward passes, {dtype} | {machine.median(rates['bound']):.2f} "

@@ -23,7 +23,7 @@ from tokdiv.scores import CHUNK, MEASURES, ScoreTable
 from tokdiv.sources import Source
 from tokdiv.spec import TeacherSpec
 
-LIMITS = {"seconds": 30, "megabytes": 5}  # what is asked for, at 1.28 million scores by 10 teachers
+LIMITS = {"seconds": 30, "megabytes": 5}  # targets, at 1.28 million scores by 10 teachers
 
 
 def make_run(folder: Path, num_images: int, num_teachers: int) -> None:
@@ -89,7 +89,7 @@ def main() -> None:
         f"| {arguments.num_images:,} | {arguments.num_teachers} | {seconds:.1f} | {cpu_seconds:.1f} | "
         f"{megabytes[FILES[0]]:.2f} MB |",
         "",
-        f"At most {LIMITS['seconds']} s and {LIMITS['megabytes']} MB are asked for at 1,280,000 images and 10 "
+        f"Targets: at most {LIMITS['seconds']} s and {LIMITS['megabytes']} MB at 1,280,000 images and 10 "
         f"teachers. Where the two times differ much, the machine was busy with other work.",
     ]
     machine.write("report_size", "Time and size of a large report", result, "\n".join(rows))

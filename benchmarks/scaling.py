@@ -4,7 +4,7 @@
 
 Processes run with one thread each through torchrun; their images/s are those between two image counts, so
 that starting them is in nobody's figure. Memory is the peak of a process that enters and judges the scores of
-simulated images and teachers, as `tokdiv rank` does, without networks.
+simulated images and teachers and writes the ranking, as `tokdiv rank` does, without networks.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import torch
 
 import tokdiv
 from tokdiv.measure import Settings, _Judge, _Plan, _Step
+from tokdiv.ranking import make_ranking
 from tokdiv.scores import MEASURES, ScoreTable
 from tokdiv.similarity import token_similarity
 from tokdiv.sources import Source
@@ -47,6 +48,7 @@ def process_rates(
     counts: list[int], images: Path, few: int, many: int, repeats: int
 ) -> dict[int, list[float]]:
     """Images/s of so many processes of one thread each."""
+    # On a CPU one thread each; torchrun itself sets that for processes on GPUs too.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     rates: dict[int, list[float]] = {count: [] for count in counts}
 
@@ -54,8 +56,10 @@ def process_rates(
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
         command = [sys.executable, *launcher, "-m", "tokdiv", "rank", images, "-t", VIT]
         with tempfile.TemporaryDirectory() as folder:
-            command += ["-o", f"{folder}/run", "--max-images", num_images, "--workers", 1]
-            command += ["--batch-size", 16, "--certify", "none", "--compile", "off"]
+            command += ["-o", f"{folder}/run", "--max-images", num_images, "--certify", "none"]
+            command += ["--compile", "off"]
+            if not torch.cuda.is_available():
+                command += ["--workers", 1, "--batch-size", 16]
             begin = time.perf_counter()
             subprocess.run(
                 list(map(str, command)), cwd=ROOT, env=environment, check=True, capture_output=True
@@ -114,7 +118,16 @@ def simulate(count: int) -> None:
                 start = stop
                 if verdict.replan:
                     break
-        judge.certifier.certificate()
+        ranking = make_ranking(
+            table,
+            judge.certifier.certificate(),
+            [teacher.spec for teacher in teachers],
+            source,
+            settings,
+            dict.fromkeys(table.teachers, "float32"),
+            {},
+        )
+        ranking.write(Path(folder), table)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
@@ -149,13 +162,13 @@ def main() -> None:
     result: dict[str, object] = {}
     rows = []
     with tempfile.TemporaryDirectory() as name:
-        images = copies(4096 if gpus else 400, Path(name) / "images")
-        few, many = (256, 1024) if gpus else (32, 128)
+        few, many = (2048, 8192) if gpus else (32, 128)  # images a process
+        images = copies(many * max(counts), Path(name) / "images")
         rates = process_rates(counts, images, few, many, arguments.repeats)
         rows += ["| processes | images/s (median) | of the ideal |", "| ---: | ---: | ---: |"]
         for count, values in rates.items():
             efficiency = machine.median([v / (count * one) for v, one in zip(values, rates[1])])
-            asked = " (asked for 0.9)" if count == 2 else ""
+            asked = " (target 0.9)" if count == 2 else ""
             rows.append(f"| {count} | {machine.median(values):.1f} | {efficiency:.2f}{asked} |")
         result["processes"] = rates
         unmeasured = [str(n) for n in (2, 4, 8) if n not in counts]
@@ -192,7 +205,7 @@ def main() -> None:
     rows += [
         "",
         f"Memory: {growth:.0f} bytes an image from 1,000 to 1,000,000 images with {SIMULATED_TEACHERS} teachers "
-        f"(asked for: at most 300); {peaks[1_000] / 2**20:.0f} and {peaks[1_000_000] / 2**20:.0f} MiB.",
+        f"(target: at most 300); {peaks[1_000] / 2**20:.0f} and {peaks[1_000_000] / 2**20:.0f} MiB.",
     ]
     device = "cuda" if gpus else "cpu"
     machine.record("scaling", json.loads(json.dumps(result)), "\n".join(rows), device)

@@ -87,7 +87,7 @@ def main() -> None:
     ranked, bare = seconds["`tokdiv rank` up to the first score"], seconds["bare script"]
     ratio = machine.median([a / b for a, b in zip(ranked[1:], bare[1:])])
     targets = {"`tokdiv --help`": "under 1 s", "`tokdiv teachers`": "under 1.5 s"}
-    rows = ["| command | seconds (median) | asked for |", "| --- | ---: | ---: |"]
+    rows = ["| command | seconds (median) | target |", "| --- | ---: | ---: |"]
     for key, value in medians.items():
         rows.append(f"| {key} | {value:.2f} | {targets.get(key, '')} |")
     rows.append(f"| first score over the bare script | {ratio:.2f} times | 1.3 times |")

@@ -14,6 +14,7 @@ k-NN accuracy beside the untrained network's) into tokdiv/samples/teachers; `tok
 import argparse
 import copy
 import hashlib
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -42,11 +43,16 @@ from tqdm import tqdm
 from img2vec.evaluate import knn
 from img2vec.optim import BETAS, learning_rate, parameter_groups
 from tokdiv import TeacherSpec, load_teacher
+from tokdiv.data import open_source
 
 OUT = Path(__file__).parent.parent / "tokdiv" / "samples" / "teachers"
 SIZE, LOCAL_SIZE, SHORT_SIDE = 96, 48, 136  # pixels
 BATCH_SIZE, WARMUP, WEIGHT_DECAY, CLIP = 32, 4, 0.05, 3.0  # warm-up in epochs
 PROTOTYPES = 2048  # outputs of DINO's head
+SOURCES = (
+    "one of each of ImageNet's 1,000 classes\n  (image-net.org: non-commercial research only) and the training "
+    "part of 40 classes of Caltech-101\n  (gathered for research from the web, rights with the photographers)"
+)
 VIT = ("vit_tiny_patch16_224", {"depth": 4})
 RESNET = ("resnet10t", {"channels": [32, 64, 128, 256]})
 
@@ -263,6 +269,9 @@ def main() -> None:
     parser.add_argument("images", nargs="+", type=Path, help="folders of images")
     parser.add_argument("--knn-train", required=True, help="a folder of class folders")
     parser.add_argument("--knn-val", required=True, help="a held-out one")
+    parser.add_argument(
+        "--sources", default=SOURCES, help="the images and their terms, for the cards"
+    )
     parser.add_argument("--teacher", action="append", choices=RECIPES, help="[default: all]")
     parser.add_argument("--epochs", type=int, help="instead of the recipes'")
     parser.add_argument("--out", type=Path, default=OUT)
@@ -277,6 +286,8 @@ def main() -> None:
         minutes = (time.perf_counter() - begin) / 60
         file = (arguments.out / f"{name}.safetensors").resolve()
         sha256 = save(module, file)
+        learned, held_out = open_source(arguments.knn_train), open_source(arguments.knn_val)
+        classes = held_out.classes or []
         before = accuracy(spec_of(name, recipe, "random"), arguments)
         after = accuracy(spec_of(name, recipe, str(file)), arguments)
         card = CARD.format(
@@ -291,6 +302,9 @@ def main() -> None:
             after=after,
             sha256=sha256,
             size=SIZE,
+            cores=os.cpu_count(),
+            sources=arguments.sources,
+            knn=f"{len(classes)} classes, {held_out.count:,} held-out images against {learned.count:,}",
         )
         file.with_suffix(".md").write_text(card)
         print(card)
@@ -302,14 +316,12 @@ CARD = """\
 {method} of a timm `{architecture}` with {arguments}: {parameters:.1f} million parameters, in float16.
 For trying the tool without a network: not for pretraining, and no measure of what {method} can do.
 
-- **Trained on** {num_images:,} photographs without their labels: one of each of ImageNet's 1,000 classes
-  (image-net.org: non-commercial research only) and the training part of 40 classes of Caltech-101 (gathered
-  for research from the web, rights with the photographers).
-- **For** {epochs} epochs at {size} px: {minutes:.0f} minutes on a CPU with 2 cores. Mean loss {first:.3f} in the
-  first epoch, {last:.3f} in the last.
+- **Trained on** {num_images:,} photographs without their labels: {sources}.
+- **For** {epochs} epochs at {size} px: {minutes:.0f} minutes on a CPU with {cores} cores. Mean loss {first:.3f} in
+  the first epoch, {last:.3f} in the last.
 - **By** `benchmarks/train_sample_teachers.py`, with lightly's modules for {method}.
-- **k-NN accuracy** {after:.3f}; the same network untrained: {before:.3f}. (40 classes of Caltech-101: 748
-  held-out images against 1,510; weighted, k = 10, mean token at 224 px, `img2vec knn`.)
+- **k-NN accuracy** {after:.3f}; the same network untrained: {before:.3f}. ({knn}; weighted, k = 10, mean token
+  at 224 px, `img2vec knn`.)
 - **Licence** CC BY-NC 4.0, because of the images: see LICENSE.md.
 - **sha256** `{sha256}`
 """

@@ -38,19 +38,13 @@ from tokdiv.ranking import (
     make_ranking,
     open_run,
     stored_batch_size,
+    write_config,
 )
 from tokdiv.scores import MEASURES, Scores, ScoreTable
 from tokdiv.similarity import pooled_similarity, token_similarity
 from tokdiv.spec import CUSTOM, TeacherSpec
 from tokdiv.teacher import Teacher, load_teachers, state_sha256
-from tokdiv.tuning import (
-    COMPILE_IMAGES,
-    choose_batch_size,
-    compile_teacher,
-    expected_images,
-    pays_to_compile,
-    seconds_per_image,
-)
+from tokdiv.tuning import choose_batch_size, expected_images, pays_to_compile
 
 MEAN_IMAGES = 256  # usable images that the mean token of `centred_similarity` is taken from
 SAVE_SECONDS = 12  # the first step to end later than this after a store is stored as well
@@ -92,8 +86,11 @@ class Settings:
             raise UsageError(f"tie = {self.tie}: expected a number from 0 to 1, as 0.002")
         for name in ("max_images", "batch_size", "workers"):
             value = getattr(self, name)
-            if value is not None and value != "auto" and value < 1:
-                raise UsageError(f"{name} = {value}: expected 1 or more")
+            if value is None or (name == "batch_size" and value == "auto"):
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                auto = " or 'auto'" if name == "batch_size" else ""
+                raise UsageError(f"{name} = {value!r}: expected 1 or more{auto}")
         if self.seed < 0:
             raise UsageError(f"seed = {self.seed}: expected 0 or more")
         if isinstance(self.image_size, int) and self.image_size < 1:
@@ -135,35 +132,44 @@ def rank(
         if out and Path(data).is_dir() and Path(out).resolve().is_relative_to(Path(data).resolve()):
             _warn([f"-o {out} lies inside DATA: its pictures are images of the next run"], group)
         chosen = dataclasses.replace(chosen, dtype=choose_dtype(chosen.dtype, group.device))  # type: ignore[arg-type]
-        loaded = _load(teachers, chosen, group)
-        chosen = _tune(
-            loaded, chosen, source, stored_batch_size(out) if out and resume else None, group
-        )
+        images = expected_images(source.count, chosen.max_images, chosen.certify)
+        share = None if images is None else -(-images // group.world)  # of this process
+        loaded = _load(teachers, chosen, share, group)
         order = (
             permutation(source.count, chosen.seed) if source.permutable and source.count else None
         )
-        table = None
+        judge = None
         if group.rank == 0:
             key_of = (
                 (lambda position: source.key(int(order[position]))) if order is not None else None
             )
-            folder = (
-                open_run(out, source, chosen, [t.spec for t in loaded], resume) if out else None
-            )
+            folder = None
+            if out:
+                if chosen.batch_size == "auto" and resume:
+                    chosen = dataclasses.replace(
+                        chosen, batch_size=stored_batch_size(out) or "auto"
+                    )
+                folder = open_run(out, source, chosen, [t.spec for t in loaded], resume)
             table = ScoreTable([t.name for t in loaded], key_of, folder)
             if folder is not None:
                 table.load()
-        judge = _Judge(table, loaded, source, chosen) if table is not None else None
+            judge = _Judge(table, loaded, source, chosen)
+        size = group.broadcast(chosen.batch_size)
+        if size == "auto" and group.broadcast(judge is not None and judge.plan() is not None):
+            size = group.broadcast(choose_batch_size(loaded, share))
+            chosen = dataclasses.replace(chosen, batch_size=size)
+            if judge is not None and out:
+                write_config(out, source, chosen, [t.spec for t in loaded])
         worker = _Worker(loaded, source, order, chosen, group, interruption)
         _measure(judge, worker)
-        if judge is None or table is None:
+        if judge is None:
             return group.broadcast(None)
         rates = {
             name: worker.images[name] / s * group.world for name, s in worker.seconds.items() if s
         }
         dtypes = {t.name: str(t.dtype).removeprefix("torch.") for t in loaded}
         ranking = make_ranking(
-            table,
+            judge.table,
             judge.certifier.certificate(),
             [t.spec for t in loaded],
             source,
@@ -173,7 +179,7 @@ def rank(
         )
         _warn(source.warnings[warned:], group)
         if out:
-            ranking.write(Path(out), table)
+            ranking.write(Path(out), judge.table)
         group.broadcast(ranking)
     if out:
         _report(Path(out), ranking, source, loaded)
@@ -207,6 +213,8 @@ def _warn(warnings: Sequence[str], group: Processes) -> int:
 def _measure(judge: "_Judge | None", worker: "_Worker") -> None:
     """Plan, measure, judge, until nothing is left to measure or to learn. `judge` is rank 0's alone."""
     group = worker.group
+    if judge:
+        judge.rows = judge.batch_size = worker.batch_size
     total = judge.limit if judge and judge.limit < ENDLESS else None
     done = judge.table.front if judge else 0
     with tqdm(total=total, initial=done, unit="image", disable=None if judge else True) as bar:
@@ -229,11 +237,25 @@ def _measure(judge: "_Judge | None", worker: "_Worker") -> None:
 
 
 def _load(
-    teachers: Sequence[str | TeacherSpec | Teacher], settings: Settings, group: Processes
+    teachers: Sequence[str | TeacherSpec | Teacher],
+    settings: Settings,
+    images: int | None,
+    group: Processes,
 ) -> list[Teacher]:
-    """Every teacher on its device; K = 1 is an error, as no pair of tokens exists."""
+    """Every teacher on its device; K = 1 is an error, as no pair of tokens exists.
+
+    Args:
+        images: how many this process is likely to measure; None where nobody knows.
+    """
+    compiled = settings.compile == "on" or (
+        settings.compile == "auto" and pays_to_compile(group.device, images)
+    )
     loaded = load_teachers(teachers, image_size=settings.image_size)
     for teacher in loaded:
+        if teacher.name in ("position", "key"):  # columns of scores.parquet
+            raise UsageError(
+                f"{teacher.name}: this label names another column of the scores; write LABEL=SPEC"
+            )
         if teacher.num_tokens < 2:
             raise UsageError(
                 f"{teacher.name} gives K = 1 token at {teacher.size} px: token similarity is undefined; "
@@ -242,37 +264,8 @@ def _load(
         if teacher.spec.architecture == CUSTOM:
             digest = state_sha256(teacher.module)
             teacher.spec = dataclasses.replace(teacher.spec, sha256=digest, size=teacher.size)
-        teacher.prepare(group.device, settings.dtype)
+        teacher.prepare(group.device, settings.dtype, compiled)
     return loaded
-
-
-def _tune(
-    teachers: list[Teacher],
-    settings: Settings,
-    source: Source,
-    stored: int | None,
-    group: Processes,
-) -> Settings:
-    """Settle the batch size, and compile the teachers for which that pays; alike on every process.
-
-    Args:
-        stored: the batch size of the run that is gone on with.
-    """
-    images = expected_images(source.count, settings.max_images, settings.certify)
-    share = None if images is None else -(-images // group.world)
-    seconds: dict[str, float] = {}
-    if settings.batch_size != "auto":
-        size = settings.batch_size
-    elif (size := group.broadcast(stored)) is None:
-        size, seconds = group.broadcast(choose_batch_size(teachers, share))
-    compiled = [teacher.name for teacher in teachers] if settings.compile == "on" else []
-    if settings.compile == "auto" and (share is None or share >= COMPILE_IMAGES):
-        seconds = seconds or group.broadcast(seconds_per_image(teachers, size))
-        compiled = [t.name for t in teachers if pays_to_compile(t, seconds[t.name], share)]
-    for teacher in teachers:
-        if teacher.name in compiled:
-            compile_teacher(teacher, size, must=settings.compile == "on")
-    return dataclasses.replace(settings, batch_size=size)
 
 
 @dataclass(frozen=True)
@@ -316,7 +309,13 @@ class _Verdict:
 
 
 class _Judge:
-    """Rank 0's part: enter scores, judge them at the looks, store them, say how to go on."""
+    """Rank 0's part: enter scores, judge them at the looks, store them, say how to go on.
+
+    `batch_size`, and `rows`, the images that a process takes in a step, are settled once there is something to
+    measure.
+    """
+
+    rows = batch_size = 1
 
     def __init__(
         self, table: ScoreTable, teachers: list[Teacher], source: Source, settings: Settings
@@ -328,7 +327,6 @@ class _Judge:
         self.limit = min(settings.max_images or ENDLESS, source.count or ENDLESS)
         self.looks = np.fromiter(look_schedule(self.limit), np.int64)
         self.judged = 0
-        self.rows = self.batch_size = int(settings.batch_size)  # `_tune` settled it
         self.certifier = OrderCertifier(
             len(teachers),
             source.count,
@@ -517,7 +515,8 @@ class _Worker:
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def __post_init__(self) -> None:
-        self.batch_size = int(self.settings.batch_size)  # `_tune` settled it
+        auto = self.settings.batch_size == "auto"  # a run with nothing left to measure
+        self.batch_size = 1 if auto else int(self.settings.batch_size)
 
     def steps(self, plan: _Plan) -> Generator[tuple[int, int, _Step], None, None]:
         """Measure a plan step by step: (start, stop) of the positions, and this process's share of them.

@@ -16,15 +16,17 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from tokdiv import __version__
 from tokdiv.certify import Certificate, confidence_sequence
 from tokdiv.errors import RunError, UsageError
-from tokdiv.scores import ScoreTable, write_whole
+from tokdiv.scores import CHUNK, ScoreTable, write_whole
 from tokdiv.spec import TeacherSpec
 
 if TYPE_CHECKING:
@@ -273,17 +275,8 @@ class Ranking:
         Raises:
             RunError: the disk is full or not writable.
         """
-        columns = [table.teachers.index(teacher.name) for teacher in self.teachers]
-        scores = table.rows(0, table.front)
-        usable = np.array([p not in table.reasons for p in range(table.front)], dtype=bool)
-        frame = pd.DataFrame(
-            {"position": np.arange(table.front), "key": [table.key(p) for p in range(table.front)]}
-        )
-        for teacher, column in zip(self.teachers, columns):
-            frame[teacher.name] = scores[:, column]
-        buffer = io.BytesIO()
-        frame[usable].to_parquet(buffer, index=False)
-        write_whole(folder / "scores.parquet", buffer.getvalue())
+        columns = {teacher.name: table.teachers.index(teacher.name) for teacher in self.teachers}
+        write_whole(folder / "scores.parquet", lambda file: _write_scores(file, table, columns))
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["key", "reason"])
@@ -292,6 +285,20 @@ class Ranking:
         write_whole(folder / "ranking.csv", self.table.to_csv(index=False))
         # The hand-over goes last: where it is, everything else is there too.
         write_whole(folder / "ranking.json", json.dumps(self.to_dict(), indent=2) + "\n")
+
+
+def _write_scores(file: BinaryIO, table: ScoreTable, columns: dict[str, int]) -> None:
+    """scores.parquet: a row an image that could be used, a stretch at a time, so that memory stays small."""
+    fields = [("position", pa.int64()), ("key", pa.string())]
+    schema = pa.schema([*fields, *((name, pa.float32()) for name in columns)])
+    with pq.ParquetWriter(file, schema) as writer:
+        for start in range(0, table.front, CHUNK):
+            stop = min(start + CHUNK, table.front)
+            usable = [p for p in range(start, stop) if p not in table.reasons]
+            scores = table.rows(start, stop)[np.array(usable, dtype=np.int64) - start]
+            arrays = [pa.array(usable, pa.int64()), pa.array([table.key(p) for p in usable])]
+            arrays += [pa.array(scores[:, n], from_pandas=True) for n in columns.values()]
+            writer.write_table(pa.table(arrays, schema=schema))
 
 
 def load_ranking(path: str | os.PathLike[str]) -> Ranking:
@@ -385,15 +392,12 @@ def make_ranking(
         raise RunError(
             f"none of the {front:,} images of '{source.name}' could be used (the first: {reason})"
         )
-    similarity, centred, pooled = (
-        table.rows(0, front, m) for m in ("similarity", "centred", "pooled")
-    )
     alpha = (1 - settings.confidence) / len(specs)  # so that the intervals hold together
     rows = []
     for place, n in enumerate(certificate.order):
         spec = specs[n]
         images = table.progress.measured[spec.name]
-        x = similarity[:images, n].astype(np.float64)
+        x = table.column(n, images).astype(np.float64)
         bounds = confidence_sequence(
             x,
             source.count,
@@ -415,8 +419,8 @@ def make_ranking(
                 ci_high=float(bounds.high[-1]),
                 images=int((~np.isnan(x)).sum()),
                 dtype=dtypes[spec.name],
-                centred_similarity=_mean(centred[:, n]),
-                similarity_7x7=_mean(pooled[:, n]),
+                centred_similarity=_mean(table.column(n, front, "centred")),
+                similarity_7x7=_mean(table.column(n, front, "pooled")),
             )
         )
     eligible = eligible_teachers(specs, settings.allow_baselines)
@@ -489,7 +493,7 @@ def open_run(
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        write_whole(config, json.dumps(_config(source, settings, specs), indent=2) + "\n")
+        write_config(folder, source, settings, specs)
         state = folder / "state"
         state.mkdir(exist_ok=True)
     except OSError as error:
@@ -497,6 +501,17 @@ def open_run(
             f"-o {folder}: cannot be written to ({error.strerror}); give another folder"
         ) from None
     return state
+
+
+def write_config(
+    out: str | os.PathLike[str],
+    source: "Source",
+    settings: "Settings",
+    specs: Sequence[TeacherSpec],
+) -> None:
+    """Write RUN/config.json: what is measured and how, and by which versions."""
+    text = json.dumps(_config(source, settings, specs), indent=2) + "\n"
+    write_whole(Path(out) / "config.json", text)
 
 
 def stored_batch_size(out: str | os.PathLike[str]) -> int | None:

@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -127,6 +127,14 @@ class ScoreTable:
             for n, chunk in enumerate(self._chunks[first:last], start=first)
         ]
         return np.concatenate(parts) if parts else np.empty((0, len(self.teachers)), np.float32)
+
+    def column(self, column: int, stop: int, measure: str = "similarity") -> Scores:
+        """(stop,) of one teacher and one measure; NaN for unusable and unmeasured images."""
+        index = MEASURES.index(measure)
+        parts = [
+            chunk[: max(stop - n * CHUNK, 0), column, index] for n, chunk in enumerate(self._chunks)
+        ]
+        return np.concatenate(parts) if parts else np.empty(0, np.float32)
 
     def forget(self, column: int, start: int) -> None:
         """Clear a teacher's scores from a position on: it was dropped there."""
@@ -243,8 +251,11 @@ class ScoreTable:
         return buffer.getvalue()
 
 
-def write_whole(path: Path, data: bytes | str) -> None:
+def write_whole(path: Path, data: bytes | str | Callable[[BinaryIO], None]) -> None:
     """Write a file so that it is either the old one or the new one, also after a power cut.
+
+    Args:
+        data: the content, or a function that writes it bit by bit.
 
     Raises:
         RunError: the disk is full, or the place cannot be written to.
@@ -252,7 +263,10 @@ def write_whole(path: Path, data: bytes | str) -> None:
     part = path.with_name(f".{path.name}.part")
     try:
         with part.open("wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
+            if callable(data):
+                data(file)
+            else:
+                file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)

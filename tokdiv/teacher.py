@@ -71,7 +71,6 @@ class Teacher(nn.Module):
         self.dtype = torch.float32
         self._tokens_of = _token_function(module, tokens)
         self._compiled: Callable[[Tensor], Tensor] | None = None
-        self._compiled_rows: int | None = None  # the one batch size that it was compiled for
         self._cast = False  # whether `prepare` rounded the weights
         self.register_buffer("mean", torch.tensor(mean).mul(255).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).mul(255).view(3, 1, 1), persistent=False)
@@ -107,7 +106,7 @@ class Teacher(nn.Module):
                 BatchNorm) stays in float32 either way: rounding its weights to bfloat16 moved the mean
                 similarity of real ones by up to 0.0024. What bfloat16 does to the others is in
                 benchmarks/results/precision.md.
-            compile: through `torch.compile`, for whatever batch comes; see also `compile_for`.
+            compile: through `torch.compile`.
 
         Raises:
             UsageError: float32 is asked for, but the weights were cast to bfloat16 before.
@@ -128,26 +127,12 @@ class Teacher(nn.Module):
                 if type(layer) in (nn.Linear, nn.Conv2d) or type(layer).__name__ == "Conv2dSame":
                     layer.to(self.dtype)
             self._cast = True
-        self._compiled = torch.compile(self._features) if compile else None
-        self._compiled_rows = None
+        self._compiled = None
+        if compile:
+            # Graphs are counted by function, and all teachers share `_features`: room for more than 8 networks.
+            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+            self._compiled = torch.compile(self._features)
         return self
-
-    def compile_for(self, rows: int) -> None:
-        """Compile the forward pass for batches of `rows` images, now; other batches run as they did.
-
-        One size, because every new one would be compiled again or made slower by being general. On a CPU
-        the weights are folded into the graph in the layout that its kernels want ("freezing").
-        """
-        options: dict[str, Any] = {"freezing": True} if self.mean.device.type == "cpu" else {}
-        self._compiled = torch.compile(self._features, dynamic=False, options=options)
-        self._compiled_rows = rows
-        shape = (rows, 3, self.size, self.size)
-        try:
-            with torch.inference_mode():
-                self(torch.zeros(shape, dtype=torch.uint8, device=self.mean.device))
-        except BaseException:
-            self._compiled = self._compiled_rows = None
-            raise
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
@@ -165,8 +150,7 @@ class Teacher(nn.Module):
                 f"{tuple(images.shape)}"
             )
         with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            compiled = self._compiled_rows in (None, len(images)) and self._compiled
-            output = (compiled or self._features)(self._normalised(images))
+            output = (self._compiled or self._features)(self._normalised(images))
         return output.flatten(2).transpose(1, 2) if output.ndim == 4 else output
 
     @torch.no_grad()
