@@ -102,7 +102,7 @@ def images_per_epoch(source: Source, epoch_size: int | None) -> int:
     """How many images an epoch has.
 
     Raises:
-        UsageError: a stream that does not say, or fewer images than asked for.
+        UsageError: a stream that does not say, or fewer images than an epoch wants.
     """
     if source.count is None:
         if epoch_size is None:

@@ -333,6 +333,9 @@ def _run(
                             f"{signal.Signals(number_caught).name}: saved at step {progress.step}; the "
                             f"same command goes on from there"
                         )
+                        state = model_state(model)
+                        if main:
+                            _report(out, state, teacher, source, log.say)
                         raise SystemExit(EXIT_CODES[signal.Signals(number_caught)])
                     if finished():
                         break
@@ -431,7 +434,10 @@ def _report(
         write_report(out, weights=weights, teacher=teacher, source=source)
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        say(f"warning: {out} is whole, but its report could not be written ({reason})")
+        say(
+            f"warning: {out} is saved, but its report could not be written ({reason}): "
+            f"img2vec.report.write_report({str(out)!r}) tries again"
+        )
 
 
 def _open_teacher(

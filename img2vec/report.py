@@ -4,7 +4,6 @@ All of it comes from OUT, but for the token maps: they need the last weights, th
 of DATA. Where those are not to be had, the page says so and does without.
 """
 
-import csv
 import itertools
 import json
 import shlex
@@ -23,7 +22,8 @@ from torch import Tensor
 
 from img2vec.checkpoint import load_last, load_model_state, write_atomically
 from img2vec.config import Config
-from img2vec.log import METRICS, SKIPPED
+from img2vec.log import METRICS
+from img2vec.log import SKIPPED as SKIPPED_FILE
 from img2vec.loss import make_targets
 from img2vec.masking import draw_mask, plan_layout, split_indices
 from img2vec.model import Img2Vec, make_student
@@ -31,15 +31,13 @@ from img2vec.plots import loss_figure, predictions_figure, read_metrics, watch_f
 from tokdiv.data import Source, UnusableImage, centre_view, decode_image, open_source, permutation
 from tokdiv.dist import choose_device
 from tokdiv.errors import RunError, UsageError
-from tokdiv.page import inline_figure, render
+from tokdiv.page import NARROW, SKIPPED, inline_figure, read_skipped, render, repeat_command
 from tokdiv.sources import Item
 from tokdiv.spec import CUSTOM, TeacherSpec
 from tokdiv.teacher import Teacher, load_teacher
 
 REPORT = "report.html"
 IMAGES = 4  # whose tokens are shown
-LISTED = 10  # skipped images that are named on the page
-NARROW = 3.3  # inches: the width of a figure for a telephone
 
 
 def write_report(
@@ -65,7 +63,7 @@ def write_report(
     measured = [line for line in lines if line.get("knn_accuracy") is not None]
     similarity = [line for line in lines if line.get("token_similarity") is not None]
     finite = [line for line in steps if line["loss"] is not None]
-    skipped = _read_skipped(out / SKIPPED)
+    skipped = read_skipped(out / SKIPPED_FILE)
     pictures, without = _pictures(out, run, weights, teacher, source)
     page = render(
         "pretraining.html",
@@ -82,7 +80,7 @@ def write_report(
         similarity=similarity,
         rate=statistics.median(line["images_per_second"] for line in steps) if steps else None,
         skipped_steps=steps[-1].get("skipped_steps", 0) if steps else 0,
-        skipped=skipped[:LISTED],
+        skipped=skipped[:SKIPPED],
         num_skipped=len(skipped),
         losses=_losses(lines, finite, measured) if finite else None,
         watch=_watch(lines, steps) if steps else None,
@@ -91,6 +89,7 @@ def write_report(
         again=_again(out, run),
         evaluate=_evaluate(out, run),
         load=f"import timm\n\nmodel = timm.create_model({f'local-dir:{out}/student'!r}, pretrained=True)",
+        exported=(out / "student").is_dir(),
     )
     # A name that is no Unicode is shown with its bytes spelled out.
     write_atomically(out / REPORT, page.encode("utf-8", "backslashreplace"))
@@ -105,13 +104,6 @@ def _read_run(out: Path) -> dict[str, Any]:
     except (OSError, ValueError, TypeError):
         pass
     raise UsageError(f"'{out}' holds no run of img2vec pretrain")
-
-
-def _read_skipped(path: Path) -> list[tuple[str, str]]:
-    if not path.is_file():
-        return []
-    with path.open(newline="", encoding="utf-8", errors="backslashreplace") as file:
-        return [(row[0], row[1]) for row in csv.reader(file) if len(row) == 2][1:]
 
 
 def _epochs(steps: list[dict[str, Any]]) -> int:
@@ -280,7 +272,9 @@ def colours_of(
     Returns:
         Two (B, T, 3) in [0, 1]; the second is NaN where nothing was predicted.
     """
-    tokens = targets.double().cpu().flatten(0, 1)
+    # To the CPU first: MPS has no float64.
+    targets, predicted = targets.cpu().double(), predicted.cpu().double()
+    tokens = targets.flatten(0, 1)
     mean = tokens.mean(dim=0)
     axes = torch.linalg.svd(tokens - mean, full_matrices=False).Vh[:3]
     # A component's sign is arbitrary: its largest entry is made positive, so that colours repeat.
@@ -295,10 +289,10 @@ def colours_of(
         missing = 3 - found.shape[-1]  # fewer tokens or channels than three
         return np.pad(found, [(0, 0)] * (found.ndim - 1) + [(0, missing)], constant_values=0.5)
 
-    shown = coloured(targets.double().cpu())
+    shown = coloured(targets)
     guessed = np.full(shown.shape, np.nan)
     rows = np.arange(len(shown))[:, None]
-    guessed[rows, masked.cpu().numpy()] = coloured(predicted.double().cpu())
+    guessed[rows, masked.cpu().numpy()] = coloured(predicted)
     return shown, guessed
 
 
@@ -319,16 +313,8 @@ def _items(source: Source, seed: int) -> Iterator[tuple[str, Item]]:
 
 def _again(out: Path, run: dict[str, Any]) -> dict[str, str]:
     """How to go on with the run, or to repeat it."""
-    given, world = run.get("command"), run.get("world", 1)
-    if isinstance(given, list) and len(given) > 1 and _is_img2vec(str(given[0])):
-        start = ["img2vec"]
-        if world > 1:
-            start = ["torchrun", "--nproc-per-node", str(world), "-m", "img2vec"]
-        return {
-            "text": shlex.join([*start, *map(str, given[1:])]),
-            "said": "As it was given: relative paths hold from the folder where that was. With the same -o it "
-            "goes on where that run stands; another -o begins anew.",
-        }
+    if (given := repeat_command(run, "img2vec")) is not None:
+        return given
     own = run["teacher"].get("architecture") == CUSTOM
     teacher = "teacher" if own else "TeacherSpec.from_dict(run['teacher'])"
     said = "From Python, as the run was started. The same out goes on where that run stands; another begins anew."
@@ -342,12 +328,6 @@ def _again(out: Path, run: dict[str, Any]) -> dict[str, str]:
         f"    config=img2vec.Config.from_dict(run['config']),\n)"
     )
     return {"text": text, "said": said}
-
-
-def _is_img2vec(program: str) -> bool:
-    """Whether sys.argv[0] was the console script or `python -m img2vec`."""
-    path = Path(program)
-    return path.stem == "img2vec" or (path.name == "__main__.py" and path.parent.name == "img2vec")
 
 
 def _evaluate(out: Path, run: dict[str, Any]) -> str:

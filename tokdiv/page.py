@@ -1,11 +1,15 @@
 """Pages that are one file: a template, its style and its pictures, with nothing to load from anywhere.
 
 A page of tokdiv or img2vec is a jinja2 template that extends `base.html`. Everything that is put into it is
-escaped: names of files, labels and keys are the user's data, not markup.
+escaped: names of files, labels and keys are the user's data, not markup. And what the pages of both say of a
+run's folder: the command it came from, the images that could not be used.
 """
 
 import base64
+import csv
 import re
+import shlex
+from pathlib import Path
 from typing import Any
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
@@ -15,6 +19,8 @@ from matplotlib.figure import Figure
 from tokdiv import __version__
 from tokdiv.plots import encode_figure
 
+NARROW = 3.3  # inches: the width of a figure for a telephone
+SKIPPED = 10  # at most so many unusable images are named on a page
 MEDIA_TYPES = {"svg": "image/svg+xml", "png": "image/png"}
 # What no HTML may hold, as a name in a .tar can; tab and newline may stay.
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -83,6 +89,47 @@ def inline_figure(
     return Markup('<figure>\n<div class="paper"{}>{}</div>{}\n</figure>').format(
         box, picture, below
     )
+
+
+def given_command(config: dict[str, Any], package: str) -> list[str]:
+    """The words that were typed to start a run, to be typed once more; none where that was another program.
+
+    Args:
+        config: of the run's config.json: `command`, its sys.argv, and `world`, the number of processes.
+        package: "tokdiv" or "img2vec".
+    """
+    command, world = config.get("command"), config.get("world")
+    if not isinstance(command, list) or len(command) < 2:
+        return []
+    # sys.argv[0] is the console script's path, or with `python -m` that of the package's __main__.py.
+    program = Path(str(command[0]))
+    if program.stem != package and program.parts[-2:] != (package, "__main__.py"):
+        return []
+    start = [package]
+    if isinstance(world, int) and world > 1:
+        start = ["torchrun", "--nproc-per-node", str(world), "-m", package]
+    return [*start, *map(str, command[1:])]
+
+
+def repeat_command(config: dict[str, Any], package: str) -> dict[str, str] | None:
+    """How a page gives a run's command line back: `text` to type and what is `said` of it, or None."""
+    words = given_command(config, package)
+    if not words:
+        return None
+    return {
+        "text": shlex.join(words),
+        "said": "As it was given: relative paths hold from the folder where that was. With the same -o it goes "
+        "on with that run; another -o begins anew.",
+    }
+
+
+def read_skipped(path: Path) -> list[tuple[str, str]]:
+    """(key, reason) of each image that could not be used; none where the file is gone or damaged."""
+    try:
+        with path.open(newline="", encoding="utf-8", errors="backslashreplace") as file:
+            return [(row[0], row[1]) for row in list(csv.reader(file))[1:] if len(row) == 2]
+    except (OSError, csv.Error):
+        return []
 
 
 def _data_url(figure: Figure, image_format: str, dpi: int) -> str:

@@ -763,7 +763,8 @@ def evidence_figure(
         colours: From `teacher_colours`: a pair's line takes its first teacher's colour and its marker
             is filled with the second's; by default pairs get colours of their own.
         width: Inches.
-        num_named: As many pairs are named and coloured, those decided last; the rest is grey.
+        num_named: As many pairs are named and coloured: the open ones, the ties, those decided last;
+            the rest is grey.
 
     Raises:
         ValueError: The lengths do not match, or the threshold is not positive.
@@ -780,8 +781,10 @@ def evidence_figure(
     reached = values >= threshold
     first = np.where(reached.any(axis=0), reached.argmax(axis=0), len(counts))
     final = [float(np.nanmax(column, initial=0.0)) for column in values.T]
-    # The pairs that held up the certificate first: undecided ones by how little they have.
-    order = sorted(range(len(labels)), key=lambda p: (-first[p], final[p]))
+    ties = np.zeros(len(labels), bool) if tied is None else np.asarray(tied, bool)
+    is_open = (first == len(counts)) & ~ties
+    # The pairs that held up the certificate first: open ones by how little they have, then ties.
+    order = sorted(range(len(labels)), key=lambda p: (not is_open[p], -first[p], final[p]))
     # Decided pairs run off to astronomical values: a few decades above the threshold are enough.
     ceiling = threshold * 1e2
     positive = values[np.isfinite(values) & (values > 0)]
@@ -817,7 +820,7 @@ def evidence_figure(
                 counts[at], min(line[at], ceiling / 1.15), marker, ms=size, **style, **filling
             )
         if is_named:
-            unsettled = "tie" if tied is not None and tied[p] else "open"
+            unsettled = "open" if is_open[p] else "tie"
             state = f"{counts[first[p]]:,.0f} images" if first[p] < len(counts) else unsettled
             room = (70 if width >= 5 else 34) // len(sides)
             label = " < ".join(fit_name(side, room, 1) for side in sides) + f" ({state})"
@@ -847,8 +850,7 @@ def evidence_figure(
     axes.grid()
     rest = order[num_named:]
     if rest:
-        ties = np.zeros(len(labels), bool) if tied is None else np.asarray(tied, bool)
-        num_open = int(((first[rest] == len(counts)) & ~ties[rest]).sum())
+        num_open = int(is_open[rest].sum())
         label = f"{len(rest)} more pair" + ("s" if len(rest) > 1 else "")
         handles.append(_key(f"{label} ({num_open} open)", "#BBBBBB", linewidth=0.9))
     figure.legend(handles=handles, loc="outside lower center", ncols=columns)

@@ -519,7 +519,8 @@ def stored_batch_size(out: str | os.PathLike[str]) -> int | None:
     config = Path(out) / "config.json"
     if not config.is_file():
         return None
-    size = _old_config(config)["settings"].get("batch_size")
+    settings = _old_config(config)["settings"]
+    size = settings.get("batch_size") if isinstance(settings, dict) else None
     return size if isinstance(size, int) else None
 
 
@@ -563,6 +564,7 @@ def _config(source: "Source", settings: "Settings", specs: Sequence[TeacherSpec]
     return {
         "schema_version": SCHEMA_VERSION,
         "command": sys.argv,
+        "world": int(os.environ.get("WORLD_SIZE", 1)),  # number of processes, as torchrun sets it
         "data": {"source": source.name, "count": source.count, "fingerprint": source.fingerprint},
         "settings": dataclasses.asdict(settings),
         "teachers": [spec.to_dict() for spec in specs],

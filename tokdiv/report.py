@@ -1,12 +1,12 @@
 """RUN/report.html: what a ranking found, on one page that needs nothing else, and RUN's figure.
 
 All of it comes from RUN: the ranking says what is certain, the scores how it came about. Only the similarity
-maps need DATA and the teachers once more; where those are gone, the page says so and does without.
+maps need DATA and the teachers once more; where those are not on this machine, the page says so and does without.
 """
 
-import csv
 import json
 import os
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +26,15 @@ from tokdiv.data import Source, decode_image, open_source, permutation
 from tokdiv.dist import choose_device
 from tokdiv.errors import RunError, UsageError
 from tokdiv.maps import Maps, measure_maps
-from tokdiv.page import inline_figure, render
+from tokdiv.page import (
+    NARROW,
+    SKIPPED,
+    given_command,
+    inline_figure,
+    read_skipped,
+    render,
+    repeat_command,
+)
 from tokdiv.plots import (
     evidence_figure,
     lowest_cosine,
@@ -41,11 +49,18 @@ from tokdiv.spec import CUSTOM
 from tokdiv.teacher import Teacher, load_teacher
 
 FILES = ("report.html", "similarity.png", "similarity.svg")  # what is written into RUN
-NARROW = 3.3  # inches: the width of a figure for a telephone
 MAPPED = 10  # at most so many teachers have their maps on the page, the first of the ranking
 MAPS_ABREAST = 5  # teachers of one figure of maps
-SKIPPED = 10  # at most so many unusable images are named on the page
 OPEN_PAIRS = 10  # at most so many remarks on pairs that are not decided
+# timm's ResNets and RegNets whose stages end in a ReLU; those called 33ts, 61q and the like end in a SiLU.
+RELU_STAGES = re.compile(
+    r"(test_|wide_|legacy_)?(se|eca|sk)?(resnet|resnext|res2net|res2next|resnest)"
+    r"(aa|blur|rs|light)?(?!v2|\d+ts|\d+q)|legacy_senet|regnet[xy]_"
+)
+RELU_AT_THE_END = re.compile(
+    r"(rep)?vgg|densenet|dla|hrnet"
+)  # of which this is known of the end alone
+NO_INDEX = "a stream of shards has no index by which to find single images again"
 
 
 def write_report(
@@ -61,7 +76,8 @@ def write_report(
     Args:
         run: the folder that `tokdiv rank` wrote.
         ranking, source, teachers: what `tokdiv.rank` has in its hands at its end; by default all is
-            loaded from what RUN names, without a download.
+            loaded from what RUN names. Nothing is downloaded for it: without DATA or weights that
+            are not on this machine, the page has no maps, or none of that teacher.
         device: where teachers that are loaded here compute their maps.
 
     Raises:
@@ -97,7 +113,7 @@ def write_report(
     evidence = _evidence(ranking, scores) if len(names) > 1 else None
     maps, without_maps = _maps(ranking, scores, source, teachers, device, colours)
     config = _read_config(folder)
-    skipped = _read_skipped(folder)
+    skipped = read_skipped(folder / "skipped.csv")
     page = render(
         "ranking.html",
         ranking=ranking,
@@ -124,7 +140,7 @@ def write_report(
         settings=ranking.settings,
         versions=config.get("versions", {}),
         repeat=_repeat(folder, ranking, config),
-        pretrain=_pretrain(folder, ranking),
+        pretrain=_pretrain(folder, ranking, config),
     )
     # A name that is no Unicode is shown with its bytes spelled out.
     write_whole(folder / FILES[0], page.encode("utf-8", "backslashreplace"))
@@ -173,14 +189,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return config if isinstance(config, dict) else {}
-
-
-def _read_skipped(folder: Path) -> list[tuple[str, str]]:
-    try:
-        with (folder / "skipped.csv").open(newline="", encoding="utf-8") as file:
-            return [(row[0], row[1]) for row in list(csv.reader(file))[1:] if len(row) == 2]
-    except (OSError, csv.Error, ValueError):
-        return []
 
 
 def _label(teacher: RankedTeacher, best: str) -> str:
@@ -375,13 +383,32 @@ def _read_images(
     Raises:
         UsageError: DATA is not there any more, is another, or cannot be read image by image.
     """
-    source = source or open_source(ranking.data["source"])
+    source = source or _open_again(ranking.data["source"])
     if not source.permutable or source.count is None:
-        raise UsageError("a stream of shards has no index by which to find single images again")
+        raise UsageError(NO_INDEX)
     if source.fingerprint != ranking.data["fingerprint"]:
         raise UsageError(f"'{source.name}' holds other images now than when it was ranked")
     order = permutation(source.count, ranking.settings["seed"])
     return [decode_image(source.read(int(order[scores.positions[row]]))) for row in rows]
+
+
+def _open_again(data: str) -> Source:
+    """DATA of the run.
+
+    Raises:
+        UsageError: it is not there any more, is a stream, or might have to be downloaded.
+    """
+    scheme, _, rest = data.partition("/")
+    if not os.path.lexists(os.path.expanduser(data)):
+        if scheme.lower() in ("wds", "tfds", "hfids"):
+            raise UsageError(NO_INDEX)
+        folder = os.path.expanduser(re.split(":(?:split|root)=", rest)[0])
+        # A page is no reason to fetch gigabytes.
+        if scheme.lower() == "hfds" and not os.path.isdir(folder):
+            raise UsageError(
+                f"'{data}' is not downloaded for a page; the same `tokdiv rank` command again draws them"
+            )
+    return open_source(data)
 
 
 def _load(
@@ -473,7 +500,7 @@ def _caveats(ranking: Ranking) -> list[tuple[str, str]]:
             f" Here this concerns {values}: their similarity overstates how alike the tokens are."
         )
     else:
-        floor += " None of the candidates is a ResNet, whose tokens are of that kind."
+        floor += " None of the candidates is known to end in one, by the name of its architecture."
     caveats = [("Floor of a ReLU", floor)]
 
     counts = {t.spec.num_tokens for t in teachers}
@@ -533,9 +560,14 @@ def _caveats(ranking: Ranking) -> list[tuple[str, str]]:
 
 
 def _ends_in_relu(teacher: RankedTeacher) -> bool:
-    """Whether its tokens are a ResNet's. Version 2 of that network ends in a norm before its ReLU."""
-    name = teacher.spec.architecture.lower()
-    return ("resnet" in name or "resnext" in name) and "v2" not in name
+    """Whether its tokens are known to come out of a ReLU, by the name that timm gives the architecture."""
+    spec = teacher.spec
+    name = spec.architecture.lower()
+    if spec.norm:  # a norm behind it makes them negative again
+        return False
+    if RELU_STAGES.match(name):
+        return True
+    return spec.block is None and RELU_AT_THE_END.match(name) is not None
 
 
 def _other_order(ranking: Ranking, column: str, what: str, without: str) -> str:
@@ -559,13 +591,8 @@ def _other_order(ranking: Ranking, column: str, what: str, without: str) -> str:
 
 def _repeat(folder: Path, ranking: Ranking, config: dict[str, Any]) -> dict[str, str]:
     """How to measure the same again: the command line that was given, or the call from Python."""
-    given = config.get("command")
-    if isinstance(given, list) and len(given) > 1 and _is_tokdiv(str(given[0])):
-        return {
-            "said": "As it was given: relative paths hold from the folder where that was. With the same -o it goes "
-            "on with that RUN; another -o measures anew.",
-            "text": shlex.join(["tokdiv", *map(str, given[1:])]),
-        }
+    if (given := repeat_command(config, "tokdiv")) is not None:
+        return given
     chosen = {
         key: value
         for key, value in ranking.settings.items()
@@ -583,19 +610,31 @@ def _repeat(folder: Path, ranking: Ranking, config: dict[str, Any]) -> dict[str,
     }
 
 
-def _is_tokdiv(program: str) -> bool:
-    """Whether sys.argv[0] was the console script or `python -m tokdiv`."""
-    path = Path(program)
-    return path.stem == "tokdiv" or (path.name == "__main__.py" and path.parent.name == "tokdiv")
-
-
-def _pretrain(folder: Path, ranking: Ranking) -> dict[str, str]:
+def _pretrain(folder: Path, ranking: Ranking, config: dict[str, Any]) -> dict[str, str]:
     """How to pretrain with the winner."""
     data = ranking.data["source"]
     if ranking.best.architecture == CUSTOM:
+        if module := _teacher_module(given_command(config, "tokdiv")):
+            words = ["img2vec", "pretrain", data, "--teacher-module", module, "-o", "runs/pretrain"]
+            return {
+                "said": "The winner is made by your own code, which is run again. Relative paths hold from the "
+                "folder where the ranking was started.",
+                "text": shlex.join(words),
+            }
         return {
             "said": f"{ranking.best_name} is a module of your own: hand the Teacher itself over, from Python.",
             "text": f"import img2vec\n\nimg2vec.pretrain({data!r}, teacher=teacher, out='runs/pretrain')",
         }
     words = ["img2vec", "pretrain", data, "--teacher", str(folder), "-o", "runs/pretrain"]
     return {"said": "RUN stands for its winner.", "text": shlex.join(words)}
+
+
+def _teacher_module(words: list[str]) -> str | None:
+    """FILE.py:FUNCTION of a command line, the last where there are several."""
+    option, found = "--teacher-module", None
+    for word, following in zip(words, [*words[1:], ""]):
+        if word == option:
+            found = following
+        elif word.startswith(option + "="):
+            found = word[len(option) + 1 :]
+    return found or None

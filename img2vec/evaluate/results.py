@@ -22,7 +22,7 @@ class Results:
         model: as it was given.
         metrics: accuracies in [0, 1] (top1, top5; with a k-NN top1_k20 and so on), and what else the
             task measures.
-        settings: what was asked for and what was made of it.
+        settings: what was given and what was made of it.
         data: train and val: name, fingerprint, images used and skipped; classes.
         notes: what a reader must know, one line each.
         history: one entry an epoch, where there are epochs.

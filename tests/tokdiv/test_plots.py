@@ -363,6 +363,12 @@ class TestEvidenceFigure:
             [64], evidence, list("abc"), 20, tied=[True, False, False], num_named=1
         )
         assert "2 more pairs (0 open)" in texts_of(rest)  # the open one is named first
+        assert "c (open)" in texts_of(rest)
+        ties = plots.evidence_figure(
+            [64], evidence, list("abc"), 20, tied=[True, False, True], num_named=2
+        )
+        assert "1 more pair (0 open)" in texts_of(ties)  # ties before what was decided
+        assert "a (tie)" in texts_of(ties) and "c (tie)" in texts_of(ties)
 
     def test_a_pair_has_the_colours_of_its_teachers(self) -> None:
         colours = plots.teacher_colours(["a", "b"])

@@ -11,9 +11,11 @@ import pytest
 from fakes import SIZE, coded_tar, coded_teacher, similarities
 
 import tokdiv
+import tokdiv.data
 from tokdiv.certify import certify_order
 from tokdiv.errors import UsageError
-from tokdiv.ranking import certified_best, decided_pairs
+from tokdiv.measure import Settings
+from tokdiv.ranking import certified_best, decided_pairs, open_run, stored_batch_size
 
 COUNT = 200
 TINY = {"workers": 2, "dtype": "float32", "device": "cpu", "image_size": SIZE}
@@ -118,6 +120,29 @@ def test_config_tells_how_it_was_made(run: Path) -> None:
     assert {"command", "data", "settings", "teachers", "versions"} <= set(config)
     assert config["settings"]["seed"] == 0
     assert {"tokdiv", "torch", "timm"} <= set(config["versions"])
+
+
+def test_config_tells_of_how_many_processes_it_was(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert json.loads((run / "config.json").read_text())["world"] == 1
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    source = tokdiv.data.open_source(str(run.parent / "images.tar"))
+    open_run(tmp_path / "RUN", source, Settings(), [tokdiv.TeacherSpec("x", "hog")], True)
+    assert json.loads((tmp_path / "RUN" / "config.json").read_text())["world"] == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [({"batch_size": 16}, 16), ({"batch_size": "auto"}, None), ({}, None), ([], None)],
+)
+def test_the_batch_size_of_a_run_that_may_be_damaged(
+    run: Path, tmp_path: Path, settings: object, expected: int | None
+) -> None:
+    config = json.loads((run / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "settings": settings}))
+    assert stored_batch_size(tmp_path) == expected
+    assert stored_batch_size(tmp_path / "gone") is None
 
 
 def test_a_ranking_comes_back_as_it_was(run: Path, content: dict) -> None:

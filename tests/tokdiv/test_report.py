@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from fakes import SIZE, coded_image, coded_tar, coded_teacher, numbers_in_order, similarities
 from markupsafe import Markup
 from PIL import Image
@@ -23,13 +24,15 @@ import tokdiv
 import tokdiv.report
 from tokdiv import cli
 from tokdiv.errors import RunError, UsageError
-from tokdiv.page import render
+from tokdiv.page import given_command, read_skipped, render
+from tokdiv.ranking import RankedTeacher
 from tokdiv.report import FILES, write_report
+from tokdiv.spec import TeacherSpec
 
 TINY: dict[str, Any] = {"workers": 2, "dtype": "float32", "device": "cpu", "image_size": SIZE}
 COUNT = 200
 COLUMNS = dict(zip(["x", "y", "z"], similarities(COUNT, 0.30, 0.303, 0.6)))
-VOID = {"meta", "img", "br", "source", "link", "input", "hr"}
+VOID = {"meta", "img", "br", "wbr", "source", "link", "input", "hr"}
 LOADING = {"src", "srcset", "poster", "data", "action", "background"}
 
 
@@ -233,13 +236,18 @@ class TestPage:
         assert "(hog)" not in page.text
         for paper in ("2209.03917", "2306.15876"):
             assert paper in page.text
-        assert "None of the candidates is a ResNet" in page.text
+        assert "None of the candidates is known to end in one" in page.text
 
-    def test_skipped_images_settings_and_versions(self, page: Page) -> None:
+    def test_skipped_images_settings_and_versions(
+        self, page: Page, content: dict[str, Any]
+    ) -> None:
         assert "1 of 200 images could not be used" in page.text
         assert re.search(r"some images.tar/0003.png: |0003.png: ", page.text)
         assert f"tokdiv {tokdiv.__version__}" in page.text
-        assert "confidence 0.99" in page.text and "batch size 64" in page.text
+        size = content["settings"]["batch_size"]  # the one that "auto" came to
+        assert isinstance(size, int)
+        assert "confidence 0.99" in page.text and f"batch size {size} " in page.text
+        assert "asked for" not in page.text
 
     def test_commands_can_be_typed(self, page: Page, run: Path, data: Path) -> None:
         pretrain, repeat = page.commands
@@ -511,10 +519,78 @@ class TestRebuilding:
         copy = shutil.copytree(run, tmp_path / "a RUN")
         config = json.loads((copy / "config.json").read_text())
         words = ["rank", "my photos", "-t", "a=timm:x@it's.pth", "-o", "a RUN"]
-        for program in ("/usr/bin/tokdiv", "/lib/tokdiv/__main__.py"):
-            (copy / "config.json").write_text(json.dumps({**config, "command": [program, *words]}))
+        torchrun = ["torchrun", "--nproc-per-node", "8", "-m", "tokdiv"]
+        for program, world, start in (
+            ("/usr/bin/tokdiv", 1, ["tokdiv"]),
+            ("/lib/tokdiv/__main__.py", None, ["tokdiv"]),  # of a config without it
+            ("/lib/tokdiv/__main__.py", 8, torchrun),
+        ):
+            changed = {**config, "command": [program, *words], "world": world}
+            (copy / "config.json").write_text(json.dumps(changed))
             write_report(copy)
-            assert shlex.split(page_of(copy).commands[1]) == ["tokdiv", *words]
+            assert shlex.split(page_of(copy).commands[1]) == [*start, *words]
+
+    @pytest.mark.parametrize(
+        "words", [["--teacher-module", "my nets.py:make"], ["--teacher-module=my nets.py:make"]]
+    )
+    def test_a_winner_of_ones_own_file_is_pretrained_with_from_there(
+        self, run: Path, tmp_path: Path, words: list[str], data: Path
+    ) -> None:
+        copy = shutil.copytree(run, tmp_path / "RUN")
+        config = json.loads((copy / "config.json").read_text())
+        command = ["/usr/bin/tokdiv", "rank", str(data), *words, "-t", "hog,pixels", "-o", "RUN"]
+        (copy / "config.json").write_text(json.dumps({**config, "command": command}))
+        write_report(copy)
+        assert shlex.split(page_of(copy).commands[0]) == [
+            *("img2vec", "pretrain", str(data)),
+            *("--teacher-module", "my nets.py:make", "-o", "runs/pretrain"),
+        ]
+        # Of a script of the user's own the same words are not ours to read.
+        (copy / "config.json").write_text(
+            json.dumps({**config, "command": ["/home/me/rank.py", *command[1:]]})
+        )
+        write_report(copy)
+        assert page_of(copy).commands[0].startswith("import img2vec")
+
+    @pytest.mark.parametrize(
+        ("name", "said"),
+        [
+            ("hfds/someone/photos:split=test", "is not downloaded for a page"),
+            ("wds/https://localhost:1/{0..9}.tar", "has no index by which to find single images"),
+            ("tfds/mnist", "has no index by which to find single images"),
+            ("hfids/someone/photos", "has no index by which to find single images"),
+        ],
+    )
+    def test_data_from_elsewhere_are_not_opened_for_a_page(
+        self, run: Path, tmp_path: Path, name: str, said: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(tokdiv.report, "open_source", lambda data: pytest.fail("opened"))
+        copy = shutil.copytree(run, tmp_path / "RUN")
+        content = json.loads((copy / "ranking.json").read_text())
+        content["data"]["source"] = name
+        (copy / "ranking.json").write_text(json.dumps(content))
+        write_report(copy)
+        text = page_of(copy).text
+        assert "The page has no similarity maps: " in text and said in text
+
+    def test_what_a_scheme_names_on_this_machine_is_opened(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        opened: list[str] = []
+        monkeypatch.setattr(tokdiv.report, "open_source", opened.append)
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "photos").mkdir()
+        (tmp_path / "wds").mkdir()
+        (tmp_path / "wds" / "a.tar").touch()  # a path that exists is no scheme
+        names = [
+            "hfds/photos",
+            f"hfds/{tmp_path / 'photos'}:split=test",
+            "wds/a.tar",
+            "torch/mnist",
+        ]
+        for name in names:
+            tokdiv.report._open_again(name)
+        assert opened == names
 
 
 class TestRanking:
@@ -544,8 +620,10 @@ class TestRanking:
     def test_measuring_does_not_need_the_drawing(
         self, tmp_path: Path, data: Path, gone: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        for name in ("tokdiv.report", "tokdiv.page", "tokdiv.maps"):
-            monkeypatch.delitem(sys.modules, name, raising=False)
+        for name in ("report", "page", "maps"):
+            monkeypatch.delitem(sys.modules, f"tokdiv.{name}", raising=False)
+            # Or a second module of this name would stay with the package behind this test.
+            monkeypatch.delattr(tokdiv, name, raising=False)
         monkeypatch.setitem(sys.modules, gone, None)  # type: ignore[arg-type]
         tokdiv.rank(data, ["pixels", "hog"], tmp_path / "R", **TINY)
         assert tokdiv.load_ranking(tmp_path / "R").best_name in ("pixels", "hog")
@@ -564,6 +642,59 @@ class TestRanking:
         assert "The page has no similarity maps: RuntimeError: out of memory" in text
 
 
+class TestReLU:
+    """What the page says of a name against the tokens that the network gives."""
+
+    @staticmethod
+    def known(spec: TeacherSpec) -> bool:
+        row = RankedTeacher("x", 1, False, spec, 0.5, 0.5, 0.4, 0.6, 64, "float32")
+        return tokdiv.report._ends_in_relu(row)
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            *("resnet10t", "seresnext26d_32x4d", "ecaresnet26t", "skresnet18", "resnest14d"),
+            *("res2net50_14w_8s", "legacy_seresnet18", "resnet18:blocks=2"),
+            *("regnetx_002", "regnety_002", "repvgg_a0", "densenet121", "dla46x_c"),
+        ],
+    )
+    def test_tokens_of_the_families_it_names_are_not_negative(self, name: str) -> None:
+        architecture, _, options = name.partition(":")
+        spec = f"timm:{architecture}@random" + (f":{options}" if options else "")
+        teacher = tokdiv.load_teacher(spec, image_size=64)
+        images = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
+        assert teacher(images).min() >= 0
+        assert self.known(teacher.spec)
+
+    @pytest.mark.parametrize("name", ["resnet33ts", "nf_resnet26", "regnetz_005", "test_vit"])
+    def test_of_others_it_claims_nothing(self, name: str) -> None:
+        teacher = tokdiv.load_teacher(f"timm:{name}@random", image_size=64)
+        images = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
+        assert teacher(images).min() < 0
+        assert not self.known(teacher.spec)
+
+    @pytest.mark.parametrize(
+        ("architecture", "fields", "expected"),
+        [
+            ("vit_base_resnet50d_224", {"norm": True}, False),
+            ("vit_base_resnet50d_224", {}, False),
+            ("resnet61q", {}, False),
+            ("seresnext26ts", {}, False),
+            ("resnetv2_50", {"block": 2}, False),
+            ("cspresnet50", {}, False),
+            ("densenet121", {"block": 1}, False),
+            ("regnetv_040", {}, False),
+            ("xception41p", {}, False),
+            ("custom", {}, False),
+            ("hog", {}, False),
+            *((name, {}, True) for name in ("resnet50", "resnet50_clip", "resnet50.a1_in1k")),
+            *((name, {}, True) for name in ("wide_resnet50_2", "vgg16_bn", "legacy_senet154")),
+        ],
+    )
+    def test_names(self, architecture: str, fields: dict[str, Any], expected: bool) -> None:
+        assert self.known(TeacherSpec("x", architecture, **fields)) is expected
+
+
 def test_a_template_that_misses_something_says_so() -> None:
     with pytest.raises(Exception, match="is undefined"):
         render("ranking.html")
@@ -572,3 +703,27 @@ def test_a_template_that_misses_something_says_so() -> None:
 def test_unknown_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such ranking"):
         write_report(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"command": None},
+        {"command": ["tokdiv"]},
+        {"command": "tokdiv rank"},
+        {"command": ["-c", "rank"]},
+        {"command": ["/lib/img2vec/__main__.py", "rank"]},
+    ],
+)
+def test_only_a_command_line_of_ours_is_given_back(config: dict[str, Any]) -> None:
+    assert given_command(config, "tokdiv") == []
+
+
+def test_a_list_of_skipped_images_may_be_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "skipped.csv"
+    assert read_skipped(path) == []
+    path.write_bytes(b'key,reason\na.png,"torn, in two"\nb\xff.png,empty\nhalf')
+    assert read_skipped(path) == [("a.png", "torn, in two"), ("b\\xff.png", "empty")]
+    path.write_text('key,reason\na.png,"' + "x" * 200_000 + '"\n')  # too long for a field
+    assert read_skipped(path) == []

@@ -3,7 +3,9 @@
 import html
 import json
 import re
+import shlex
 import shutil
+import signal
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import torch
 from small import SMALL, make_teacher
 
 import img2vec
+import img2vec.pretrain as pretraining
 import img2vec.report as module
 from img2vec.plots import POINTS, loss_figure, read_metrics, watch_figure
 from img2vec.report import colours_of, write_report
@@ -69,6 +72,7 @@ def test_its_numbers_are_those_of_the_metrics(run):
     rate = float(np.median([line["images_per_second"] for line in steps]))
     assert f"{rate:,.1f} images/s in the median" in text
     assert "No step was skipped. Every image that was read could be used." in text
+    assert "asked for" not in text
 
 
 def test_it_loads_nothing_and_shows_the_tokens(run):
@@ -163,6 +167,7 @@ def test_a_page_that_cannot_be_written_spoils_nothing(photos, tmp_path, monkeypa
     assert (result.student / "model.safetensors").is_file()
     warnings = [line for line in capfd.readouterr().err.splitlines() if "warning" in line]
     assert len(warnings) == 1 and "No space left on device" in warnings[0]
+    assert f"img2vec.report.write_report({str(tmp_path / 'run')!r}) tries again" in warnings[0]
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
@@ -190,6 +195,53 @@ def test_colours_are_the_principal_components_and_predictions_take_the_same():
         rows = inside[:, channel]
         pair = components[rows, channel], shown.reshape(-1, 3)[rows, channel]
         assert abs(np.corrcoef(*pair)[0, 1]) == pytest.approx(1, abs=1e-9)
+
+
+def test_colours_are_computed_where_float64_is_known():
+    class OnMPS(torch.Tensor):
+        """As a tensor on MPS: no float64 but on the CPU."""
+
+        def double(self):
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+
+        def cpu(self):
+            return self.as_subclass(torch.Tensor)
+
+    targets, masked = torch.randn(2, 9, 4), torch.arange(5).expand(2, 5)
+    hidden = targets.gather(1, masked[..., None].expand(-1, -1, 4))
+    expected = colours_of(targets, hidden, masked)
+    found = colours_of(targets.as_subclass(OnMPS), hidden.as_subclass(OnMPS), masked)
+    for one, other in zip(found, expected):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_the_command_line_is_given_back_as_it_was(run):
+    config = json.loads((run / "config.json").read_text())
+    words = ["pretrain", "my photos", "-t", "hog", "-o", "a run"]
+    for world, start in (
+        (1, "img2vec"),
+        (4, "torchrun --nproc-per-node 4 -m img2vec"),
+    ):
+        changed = config | {"command": ["/lib/img2vec/__main__.py", *words], "world": world}
+        assert module._again(run, changed)["text"] == f"{start} {shlex.join(words)}"
+
+
+def test_an_interrupted_run_has_a_page(photos, tmp_path, monkeypatch):
+    out, whole = tmp_path / "run", pretraining.image_losses
+
+    def interrupt(*arguments):
+        signal.raise_signal(signal.SIGTERM)
+        return whole(*arguments)
+
+    monkeypatch.setattr(pretraining, "image_losses", interrupt)
+    with pytest.raises(SystemExit):
+        _pretrain(photos / "disc", out)
+    text = _text(_page(out))
+    assert "After 1 step, in epoch 1 of 4" in text and "no token maps" not in text
+    assert "The run is not at its end, where it writes the student." in text
+    monkeypatch.undo()
+    _pretrain(photos / "disc", out)
+    assert "The run is not at its end" not in _text(_page(out))
 
 
 def test_long_runs_are_thinned_and_keep_their_range(tmp_path):
