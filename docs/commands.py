@@ -1,7 +1,8 @@
 """The command reference, written from the command lines themselves when the site is built.
 
-A hook of mkdocs: in commands.md, a line `<!-- commands of PACKAGE -->` gives way to every command of
-PACKAGE with its arguments and options, so that the page cannot fall behind the code.
+Hooks of mkdocs: in commands.md, a line `<!-- commands of PACKAGE -->` gives way to every command of
+PACKAGE with its arguments and options, so that the page cannot fall behind the code. On every page, a
+command that is too long for its line does not break within the name of an option.
 """
 
 import importlib
@@ -9,11 +10,19 @@ import re
 from typing import Any
 
 MARK = re.compile(r"^<!-- commands of (\w+) -->$", flags=re.MULTILINE)
+CODE = re.compile(r"<code.*?</code>", flags=re.DOTALL)
+OPTION = re.compile(r"(?<=[\s>])--?[a-z][a-z-]*")
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """mkdocs calls this with the text of each page."""
     return MARK.sub(lambda match: reference(match[1]), markdown)
+
+
+def on_page_content(content: str, **_: Any) -> str:
+    """mkdocs calls this with the HTML of each page."""
+    whole = r'<span class="whole">\g<0></span>'
+    return CODE.sub(lambda match: OPTION.sub(whole, match[0]), content)
 
 
 def reference(package: str) -> str:

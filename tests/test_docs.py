@@ -378,6 +378,13 @@ def test_every_file_that_is_shown_is_used() -> None:
             assert any(title in command for command in COMMANDS.values()), f"{block}: {title}"
 
 
+def test_the_page_lists_every_benchmark() -> None:
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    scripts = [p for p in (ROOT / "benchmarks").glob("*.py") if "__main__" in p.read_text()]
+    missing = {p.name for p in scripts if f"`{p.name}`" not in page}
+    assert missing == {"bench.py"}  # what `make bench` runs
+
+
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.language in SHELL and b.title], ids=str)
 def test_script_is_shell(block: Block) -> None:
     result = subprocess.run(["bash", "-n"], input=block.code, capture_output=True, text=True)
