@@ -153,7 +153,8 @@ def main() -> None:
         "",
         f"{len(files)} JPEGs of {folder.name}, {arguments.repeats} interleaved repeats; S(x) of {teachers} in "
         f"float32, in comparison with Pillow's view. Batched nvJPEG on a GPU: {nvjpeg}.",
-        f"tokdiv reads by torchvision. The fastest way here that stays within the limit: {fastest}.",
+        "tokdiv reads by torchvision, which it needs anyhow. The fastest way here within the limit: "
+        f"{fastest}.",
     ]
     machine.record("decoding", result, "\n".join(rows), "cuda" if on_gpu else "cpu")
 

@@ -4,6 +4,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,18 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     folder = tmp_path_factory.mktemp("home") / "cache"
     monkeypatch.setenv("TOKDIV_CACHE", str(folder))
     return folder
+
+
+# Modules that look at pictures and pages.
+DRAWN = ("test_report", "test_pretrain_report", "test_cli")
+
+
+@pytest.fixture(autouse=True)
+def _undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run's pictures and page take longer than these small runs; elsewhere they are left out."""
+    if request.path.stem not in DRAWN:
+        for module in ("tokdiv.measure", "img2vec.pretrain"):
+            monkeypatch.setattr(import_module(module), "_report", lambda *given: None)
 
 
 @pytest.fixture

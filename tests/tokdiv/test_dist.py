@@ -72,8 +72,9 @@ def test_every_image_once_and_the_table_of_one_process(
     result = run_tokdiv(*arguments, processes=count)
     assert result.returncode == 0, result.stderr
     lines = log.read_text().splitlines()
-    seen = sorted(int(number) for line in lines for number in line.split())
-    assert seen == [number for number in range(COUNT) if number not in BROKEN]
+    seen = [int(number) for line in lines for number in line.split()]
+    on_the_page = 3  # whose maps the report shows, after all is measured
+    assert sorted(seen[:-on_the_page]) == [n for n in range(COUNT) if n not in BROKEN]
     assert max(len(line.split()) for line in lines) <= batch_size
     assert len(re.findall("^Best teacher", result.stdout, re.MULTILINE)) == 1  # of rank 0 alone
     assert result.stderr.count("running your code") == 1

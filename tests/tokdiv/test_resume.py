@@ -37,12 +37,6 @@ TINY = {"workers": 2, "dtype": "float32", "device": "cpu"}
 COLUMNS = similarities(COUNT, 0.30, 0.301, 0.45)
 
 
-@pytest.fixture(autouse=True)
-def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes longer than measuring these images; test_report.py looks at them."""
-    monkeypatch.setattr(tokdiv.measure, "_report", lambda *given: None)
-
-
 @pytest.fixture(scope="module")
 def coded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return coded_tar(tmp_path_factory.mktemp("coded") / "images.tar", COUNT, broken=(5, 77, 300))
