@@ -67,8 +67,8 @@ def images_to_certify(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--script-images", type=int, default=100)
-    parser.add_argument("--simulations", type=int, default=15)
+    parser.add_argument("--script-images", type=int, default=48)
+    parser.add_argument("--simulations", type=int, default=9)
     arguments = parser.parse_args()
     if "TOKDIV_DATA" not in os.environ:
         print("certified_order: skipped: set TOKDIV_DATA to the folder with the real images")
@@ -86,7 +86,7 @@ def main() -> None:
             ranking, seconds[certify] = timed(
                 lambda c=certify, r=run: tokdiv.rank(images, teachers, r, certify=c)
             )
-            used[certify] = int(ranking.table["images"].max())
+            used[certify] = int(ranking.data["images"])
             finals[certify] = [teacher.name for teacher in ranking.teachers]
         table = pd.read_parquet(Path(folder) / "none" / "scores.parquet")
     measured = table.drop(columns=["position", "key"]).dropna().to_numpy(np.float32)

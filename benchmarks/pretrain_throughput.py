@@ -7,24 +7,27 @@ The same student (depth, widths, 80 of 196 patches visible, the same decoder), b
 `pixels` as the teacher against lightly's masked-autoencoder modules and Hugging Face's
 ViTMAEForPreTraining; then a ResNet-50 teacher against the bound made of the bare student step plus the
 bare teacher's forward pass. Ours is timed as it is used, from uint8 images; the peers get normalised float
-images. Variants take turns within a repeat, and figures are medians of the repeats' ratios. Peak memory is
-the kernel's record of a process of its own that builds the variant and makes three steps, over what the
-process held after the imports.
+images. Variants take turns within a repeat, a step to warm up and a timed one each, and figures are medians
+of the repeats' ratios. On a CPU ours runs as `img2vec pretrain` does, with freed memory kept. Peak memory is
+the kernel's record of a process of its own that builds the variant and makes two steps, over what the process
+held after the imports.
 
 A last table says where a step's time goes: decode and augmentation of the photographs that ship with the
 package (in one thread; the loop does them beside the step), teacher, student and optimizer.
 
-Needs lightly and transformers: `pip install -e '.[bench]'`.
+Needs lightly and transformers: `pip install -e '.[bench,dev]'`.
 """
 
 import argparse
+import ctypes
+import functools
 import gc
-import os
+import multiprocessing
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import machine
@@ -41,6 +44,7 @@ from img2vec.optim import make_optimizer
 from img2vec.pretrain import image_losses
 from tokdiv import load_teacher
 from tokdiv.decode import decode_image
+from tokdiv.memory import M_MMAP_THRESHOLD, freed_memory_kept
 
 Step = Callable[[], None]
 SAMPLES = Path(__file__).parent.parent / "tokdiv" / "samples" / "images"
@@ -65,7 +69,7 @@ def ours(
 ) -> Step:
     """One step of img2vec: "whole", the "student" alone on fixed targets, the "optimizer" or the "teacher" alone.
 
-    "fused" is the whole step with torch's fused attention everywhere, as it was before `choose_attention`.
+    "fused" is the whole step with torch's fused attention everywhere, without `choose_attention`.
     """
     config: Config = make_config(arguments.student, options=options)
     device = arguments.device
@@ -223,6 +227,7 @@ VARIANTS: dict[str, Callable[[argparse.Namespace], Step]] = {
     "Hugging Face, bfloat16": lambda a: hugging_face(a, "bfloat16"),
     "img2vec pixels, bfloat16": lambda a: ours(a, "bfloat16", "pixels"),
     "img2vec pixels, bfloat16, fused attention": lambda a: ours(a, "bfloat16", "pixels", "fused"),
+    "img2vec pixels, bfloat16, freed memory not kept": lambda a: ours(a, "bfloat16", "pixels"),
     "img2vec ResNet-50, float32": lambda a: ours(a, "float32", RESNET),
     "bare student, float32": lambda a: ours(a, "float32", RESNET, "student"),
     "bare ResNet-50, float32": lambda a: ours(a, "float32", RESNET, "teacher"),
@@ -231,7 +236,8 @@ VARIANTS: dict[str, Callable[[argparse.Namespace], Step]] = {
     "bare ResNet-50, bfloat16": lambda a: ours(a, "bfloat16", RESNET, "teacher"),
     "bare optimizer": lambda a: ours(a, "bfloat16", RESNET, "optimizer"),
 }
-GROUPS = [list(VARIANTS)[:8], list(VARIANTS)[8:11], list(VARIANTS)[11:]]
+GROUPS = [list(VARIANTS)[:9], list(VARIANTS)[9:12], list(VARIANTS)[12:]]
+PEERS = ("lightly", "Hugging Face")
 
 
 def seconds(step: Step, device: str) -> float:
@@ -249,36 +255,35 @@ def measure(arguments: argparse.Namespace) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {}
     for group in GROUPS:
         steps = {name: VARIANTS[name](arguments) for name in group}
-        for step in steps.values():
-            for _ in range(arguments.warmup):
-                step()
         times |= {name: [] for name in group}
         for repeat in range(arguments.repeats):
             shift = repeat % len(group)
             for name in group[shift:] + group[:shift]:
-                times[name].append(seconds(steps[name], arguments.device))
+                kept = not name.startswith(PEERS) and not name.endswith("not kept")
+                with freed_memory_kept() if kept else nullcontext():
+                    steps[name]()
+                    times[name].append(seconds(steps[name], arguments.device))
             print(f"repeat {repeat + 1} of {arguments.repeats}", file=sys.stderr)
         del steps
         gc.collect()
     return times
 
 
-def peak_memory(arguments: argparse.Namespace) -> float:
-    """MiB that building a variant and three of its steps add to this process (or take on the GPU)."""
-    if arguments.device == "cuda":
-        step = VARIANTS[arguments.memory](arguments)
-        for _ in range(3):
-            step()
-        return torch.cuda.max_memory_allocated() / 2**20
-    import lightly.models.modules  # noqa: F401  # so that imports are in nobody's figure
-    import transformers.models.vit_mae.modeling_vit_mae  # noqa: F401
-
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the kernel's record of the peak begins anew
-    before = kibibytes("VmRSS")
-    step = VARIANTS[arguments.memory](arguments)
-    for _ in range(3):
+def peak_memory(arguments: argparse.Namespace, name: str) -> float:
+    """MiB that building a variant and two of its steps add to this process (or take on the GPU)."""
+    torch.set_num_threads(arguments.threads)
+    if arguments.device == "cpu":
+        # Blocks of 128 KiB and more go back to the system when they are freed, for every variant: what glibc
+        # keeps of them by chance differs from run to run by tens of MiB.
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 128 * 1024)
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")  # the kernel's record of the peak begins anew
+        before = kibibytes("VmRSS")
+    step = VARIANTS[name](arguments)
+    for _ in range(2):
         step()
+    if arguments.device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
     return (kibibytes("VmHWM") - before) / 1024
 
 
@@ -288,15 +293,14 @@ def kibibytes(field: str) -> int:
     return int(next(line.split()[1] for line in lines if line.startswith(f"{field}:")))
 
 
-def memory_of(arguments: argparse.Namespace, name: str) -> float:
-    command = [sys.executable, __file__, "--memory", name, "--device", arguments.device]
-    command += ["--student", arguments.student, "--batch-size", str(arguments.batch_size)]
-    command += ["--threads", str(arguments.threads)]
-    # Blocks of 128 KiB and more go back to the system when they are freed, for every variant: what glibc
-    # keeps of them by chance differs from run to run by tens of MiB.
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(128 * 1024)}
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-    return float(done.stdout.split()[-1])
+def peak_memories(arguments: argparse.Namespace, names: list[str]) -> dict[str, float]:
+    """Of each variant, in a process of its own: forked, before this one has threads or a GPU."""
+    import lightly.models.modules  # noqa: F401  # so that imports are in nobody's figure
+    import transformers.models.vit_mae.modeling_vit_mae  # noqa: F401
+
+    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
+        measured = pool.map(functools.partial(peak_memory, arguments), names, chunksize=1)
+    return dict(zip(names, measured))
 
 
 def paired(
@@ -315,18 +319,13 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--student", default="vit_small", help="a preset")
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--memory", help="only measure the peak memory of this variant")
     arguments = parser.parse_args()
+    memory = peak_memories(arguments, GROUPS[0][:7])
     torch.set_num_threads(arguments.threads)
-    if arguments.memory:
-        print(peak_memory(arguments))
-        return
-
     times = measure(arguments)
-    peers = ["lightly, float32", "Hugging Face, float32"]
+    peers = [f"{peer}, float32" for peer in PEERS]
     fastest = lambda i: min(times[name][i] for name in peers)  # noqa: E731
     bound = lambda dtype: (  # noqa: E731
         lambda i: times[f"bare student, {dtype}"][i] + times[f"bare ResNet-50, {dtype}"][i]
@@ -351,6 +350,11 @@ def main() -> None:
             "img2vec pixels, bfloat16",
             lambda i: times["img2vec pixels, bfloat16, fused attention"][i],
         ),
+        "bfloat16, of the same with freed memory given back": paired(
+            times,
+            "img2vec pixels, bfloat16",
+            lambda i: times["img2vec pixels, bfloat16, freed memory not kept"][i],
+        ),
         "ResNet-50 teacher, float32, of the bound (at least 0.93)": paired(
             times, "img2vec ResNet-50, float32", bound("float32")
         ),
@@ -358,8 +362,6 @@ def main() -> None:
             times, "img2vec ResNet-50, bfloat16", bound("bfloat16")
         ),
     }
-    memory_names = GROUPS[0][:7]
-    memory = {name: memory_of(arguments, name) for name in memory_names}
 
     rates = {n: arguments.batch_size / statistics.median(t) for n, t in times.items()}
     result = {

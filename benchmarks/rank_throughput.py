@@ -26,6 +26,7 @@ import tokdiv
 import tokdiv.measure
 from tokdiv.decode import centre_view, decode_image
 from tokdiv.dist import choose_device, choose_dtype
+from tokdiv.memory import freed_memory_kept
 from tokdiv.similarity import pooled_similarity, token_similarity
 
 SAMPLES = Path(tokdiv.__file__).parent / "samples" / "images"
@@ -72,15 +73,17 @@ def main() -> None:
             "bound": lambda: _bound(teachers, views, num_images, device),
             "script": lambda: _script(paths[:script_images], models, batch_size, device, dtype),
         }
-        for way in ("rank", "bound"):  # warm up: threads, caches, kernels
-            ways[way]()
+        _bound(teachers, views, batch_size, device)  # warm up: threads, caches, kernels
         rates: dict[str, list[float]] = {way: [] for way in ways}
         for _ in range(arguments.repeats):
             for way, measure in ways.items():
                 rates[way].append(measure())
-        share, parts = _similarity_share(teachers, views, device)
-        steps = _milliseconds(paths, teachers, views, device)
+        with freed_memory_kept():
+            steps = _milliseconds(paths, teachers, views, device)
+            similarities = _similarity_milliseconds(teachers, views, device)
         forward = sum(ms for name, ms in steps.items() if name.startswith("forward"))
+        parts = {name: ms / forward for name, ms in similarities.items()}
+        share = sum(parts.values())
         steps["similarities"] = share * forward
         peaks = {t: _matrix_peak(t, batch_size, device) for t in (torch.float32, torch.bfloat16)}
     ratios = {
@@ -211,7 +214,7 @@ def _bound(
     images = [teacher._normalised(views) for teacher in teachers]
     _wait(device)
     begun, done = time.perf_counter(), 0
-    with torch.inference_mode():
+    with torch.inference_mode(), freed_memory_kept():
         while done < num_images:
             for teacher, batch in zip(teachers, images):
                 with torch.autocast(
@@ -233,24 +236,23 @@ def _script(
     return len(paths) / (time.perf_counter() - begun)
 
 
-def _similarity_share(
+def _similarity_milliseconds(
     teachers: list[tokdiv.Teacher], views: torch.Tensor, device: torch.device
-) -> tuple[float, dict[str, float]]:
-    """Time of the similarities over that of the forward passes, in all and one by one."""
-    forward, parts = 0.0, {"raw": 0.0, "centred": 0.0, "7x7": 0.0}
+) -> dict[str, float]:
+    """Of one image, for all teachers together: each of the similarities."""
+    spent = {"raw": 0.0, "centred": 0.0, "7x7": 0.0}
     with torch.inference_mode():
         for teacher in teachers:
-            tokens, seconds = _timed(lambda t=teacher: t(views), device)
-            forward += seconds
+            tokens = teacher(views)
             mean = tokens.float().mean(dim=(0, 1))
-            parts["raw"] += _timed(lambda x=tokens: token_similarity(x), device)[1]
-            parts["centred"] += _timed(
-                lambda x=tokens, m=mean: token_similarity(x.float() - m), device
-            )[1]
-            parts["7x7"] += _timed(
-                lambda x=tokens, g=teacher.grid: pooled_similarity(x, g), device
-            )[1]
-    return sum(parts.values()) / forward, {name: value / forward for name, value in parts.items()}
+            ways = {
+                "raw": lambda x=tokens: token_similarity(x),
+                "centred": lambda x=tokens, m=mean: token_similarity(x.float() - m),
+                "7x7": lambda x=tokens, g=teacher.grid: pooled_similarity(x, g),
+            }
+            for name, way in ways.items():
+                spent[name] += _timed(way, device)[1] / len(views) * 1000
+    return spent
 
 
 def _timed(function, device: torch.device):

@@ -2,9 +2,9 @@
 
     python benchmarks/scaling.py
 
-Processes run with one thread each through torchrun; their images/s are those between two image counts, so
-that starting them is in nobody's figure. Memory is the peak of a process that enters and judges the scores of
-simulated images and teachers and writes the ranking, as `tokdiv rank` does, without networks.
+Processes run with one thread each through torchrun and rank a few images first, so that starting them is in
+nobody's figure. Memory is the peak of a process that enters and judges the scores of simulated images and
+teachers and writes the ranking, as `tokdiv rank` does, without networks.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 import tokdiv
+from tokdiv.dist import processes
 from tokdiv.measure import Settings, _Judge, _Plan, _Step
 from tokdiv.ranking import make_ranking
 from tokdiv.scores import MEASURES, ScoreTable
@@ -47,30 +48,45 @@ def copies(count: int, folder: Path) -> Path:
 def process_rates(
     counts: list[int], images: Path, few: int, many: int, repeats: int
 ) -> dict[int, list[float]]:
-    """Images/s of so many processes of one thread each."""
+    """Images/s of so many processes of one thread each, `many` images a process."""
     # On a CPU one thread each; torchrun itself sets that for processes on GPUs too.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     rates: dict[int, list[float]] = {count: [] for count in counts}
-
-    def seconds(processes: int, num_images: int) -> float:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
-        command = [sys.executable, *launcher, "-m", "tokdiv", "rank", images, "-t", VIT]
-        with tempfile.TemporaryDirectory() as folder:
-            command += ["-o", f"{folder}/run", "--max-images", num_images, "--certify", "none"]
-            command += ["--compile", "off"]
-            if not torch.cuda.is_available():
-                command += ["--workers", 1, "--batch-size", 16]
-            begin = time.perf_counter()
-            subprocess.run(
-                list(map(str, command)), cwd=ROOT, env=environment, check=True, capture_output=True
-            )
-            return time.perf_counter() - begin
-
     for _ in range(repeats):
         for count in counts:
-            spent = seconds(count, many * count) - seconds(count, few * count)
-            rates[count].append((many - few) * count / spent)
+            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", count]
+            command = [sys.executable, *launcher, __file__, "--timed", images]
+            command += [few * count, many * count]
+            done = subprocess.run(
+                list(map(str, command)),
+                cwd=ROOT,
+                env=environment,
+                check=True,
+                capture_output=True,
+                text=True,
+            )
+            rates[count].append(many * count / float(done.stdout.split()[-1]))
     return rates
+
+
+def timed_process(images: Path, few: int, many: int) -> None:
+    """One of the processes: ranks `few` images to warm up, then `many`; prints the seconds of these."""
+    on_gpu = torch.cuda.is_available()
+    batch_size = 256 if on_gpu else 16
+    with processes() as group:
+        teacher = tokdiv.load_teacher(VIT, device=group.device, dtype="bfloat16")
+        settings = {"certify": "none", "compile": "off", "batch_size": batch_size}
+        if not on_gpu:
+            settings["workers"] = 1
+        with tempfile.TemporaryDirectory() as folder:
+            own = group.broadcast(folder)
+            tokdiv.rank(images, [teacher], f"{own}/few", max_images=few, **settings)
+            begin = time.perf_counter()
+            tokdiv.rank(images, [teacher], f"{own}/many", max_images=many, **settings)
+            seconds = time.perf_counter() - begin
+            group.gather(None)  # the folder is rank 0's
+        if group.rank == 0:
+            print(seconds)
 
 
 def rank_seconds(images: Path, teachers: list[tokdiv.Teacher], count: int) -> float:
@@ -90,7 +106,7 @@ def similarity_seconds(K: int, C: int) -> float:  # noqa: N803
 
 
 def peak_bytes(count: int) -> int:
-    """Peak memory of a process of its own that judges `count` simulated images."""
+    """Peak memory of a process that judges `count` simulated images."""
     command = [sys.executable, __file__, "--simulate", str(count)]
     run = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     return int(run.stdout)
@@ -128,7 +144,16 @@ def simulate(count: int) -> None:
             {},
         )
         ranking.write(Path(folder), table)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    print(peak_memory())
+
+
+def peak_memory() -> int:
+    """Bytes. Of this process alone: the record of getrusage starts at the parent's peak on Linux."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    lines = status.read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM:")))
 
 
 def simulated_source(count: int) -> Source:
@@ -152,17 +177,22 @@ def simulated_step(generator: np.random.Generator, plan: _Plan, start: int, stop
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--simulate", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--timed", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     if arguments.simulate:
         simulate(arguments.simulate)
+        return
+    if arguments.timed:
+        images, few, many = arguments.timed
+        timed_process(Path(images), int(few), int(many))
         return
     gpus = torch.cuda.device_count()
     counts = [n for n in (1, 2, 4, 8) if n <= (gpus or os.cpu_count() or 1)]
     result: dict[str, object] = {}
     rows = []
     with tempfile.TemporaryDirectory() as name:
-        few, many = (2048, 8192) if gpus else (32, 128)  # images a process
+        few, many = (2048, 8192) if gpus else (16, 64)  # images a process
         images = copies(many * max(counts), Path(name) / "images")
         rates = process_rates(counts, images, few, many, arguments.repeats)
         rows += ["| processes | images/s (median) | of the ideal |", "| ---: | ---: | ---: |"]
@@ -181,13 +211,13 @@ def main() -> None:
         rank_seconds(images, teachers, 16)
         rows += [
             "",
-            "| images (1 teacher) | ms an image | | teachers (96 images) | ms an image and teacher |",
+            "| images (1 teacher) | ms an image | | teachers (48 images) | ms an image and teacher |",
         ]
         rows.append("| ---: | ---: | --- | ---: | ---: |")
         by_images, by_teachers = {}, {}
-        for count, number in ((64, 1), (128, 2), (256, 4)):
+        for count, number in ((48, 1), (96, 2), (192, 4)):
             by_images[count] = rank_seconds(images, teachers[:1], count) / count * 1000
-            by_teachers[number] = rank_seconds(images, teachers[:number], 96) / 96 / number * 1000
+            by_teachers[number] = rank_seconds(images, teachers[:number], 48) / 48 / number * 1000
             rows.append(
                 f"| {count} | {by_images[count]:.1f} | | {number} | {by_teachers[number]:.1f} |"
             )

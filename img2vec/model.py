@@ -253,7 +253,7 @@ class Img2Vec(nn.Module):
             dim=1,
         )
         for block in self.decoder_blocks[:-1]:
-            tokens = block(tokens)
+            tokens = _last_tokens(block, tokens, tokens.shape[1])
         hidden = self.decoder_norm(_last_tokens(self.decoder_blocks[-1], tokens, masked.shape[1]))
         cells = self.layout.cells.shape[1]
         return hidden.unflatten(1, (-1, cells)).mean(dim=2) if cells > 1 else hidden
@@ -308,9 +308,20 @@ def _last_attended(attention: Any, normed: Tensor, count: int) -> Tensor:
     if attention.fused_attn:
         attended = F.scaled_dot_product_attention(queries, keys, values)
     else:
-        scores = (queries * attention.scale @ keys.transpose(2, 3)).softmax(dim=3)
-        attended = scores @ values
+        # The scores are made again in the backward pass: keeping them takes more than all else here.
+        attended = checkpoint(
+            _attend,
+            queries * attention.scale,
+            keys,
+            values,
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
     return attention.proj(attended.transpose(1, 2).flatten(2))
+
+
+def _attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    return (queries @ keys.transpose(2, 3)).softmax(dim=3) @ values
 
 
 def choose_attention(model: Img2Vec, device: torch.device, dtype: str) -> None:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 import torch.distributed as distributed
 
 from tokdiv.errors import SharedError, UsageError
+from tokdiv.memory import freed_memory_kept
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ def processes(device: str = "auto") -> Iterator[Processes]:
     """Join the other processes that torchrun started; alone, this is the only one.
 
     What lies on a GPU crosses over nccl, what lies in CPU memory over gloo. A ranking exchanges scores and
-    decisions alone, small arrays in CPU memory; a pretraining run its gradients.
+    decisions alone, small arrays in CPU memory; a pretraining run its gradients. On a CPU, freed memory is
+    kept meanwhile (`memory.freed_memory_kept`).
 
     Args:
         device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:N" or "mps".
@@ -69,18 +71,14 @@ def processes(device: str = "auto") -> Iterator[Processes]:
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     chosen = choose_device(device)
-    if world == 1:
-        yield Processes(0, 1, 1, chosen)
-        return
-    own = not distributed.is_initialized()
-    if own:
-        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-        distributed.init_process_group(backend, timeout=timedelta(minutes=30))
-    try:
+    with ExitStack() as stack:
+        if chosen.type == "cpu":
+            stack.enter_context(freed_memory_kept())
+        if world > 1 and not distributed.is_initialized():
+            backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+            distributed.init_process_group(backend, timeout=timedelta(minutes=30))
+            stack.callback(distributed.destroy_process_group)
         yield Processes(rank, world, local_world, chosen)
-    finally:
-        if own:
-            distributed.destroy_process_group()
 
 
 def choose_device(device: str = "auto") -> torch.device:
