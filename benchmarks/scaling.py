@@ -215,7 +215,7 @@ def main() -> None:
         ]
         rows.append("| ---: | ---: | --- | ---: | ---: |")
         by_images, by_teachers = {}, {}
-        for count, number in ((48, 1), (96, 2), (192, 4)):
+        for count, number in ((32, 1), (64, 2), (128, 4)):
             by_images[count] = rank_seconds(images, teachers[:1], count) / count * 1000
             by_teachers[number] = rank_seconds(images, teachers[:number], 48) / 48 / number * 1000
             rows.append(

@@ -73,7 +73,7 @@ Dtype = Annotated[
 Compile = Annotated[
     str,
     typer.Option(
-        help="auto, on or off: torch.compile; auto for long runs on a GPU (50,000 images a process)."
+        help="auto, on or off: torch.compile; auto for long runs (50,000 images a process)."
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Of the order of the images.")]

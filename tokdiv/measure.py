@@ -44,7 +44,7 @@ from tokdiv.scores import MEASURES, Scores, ScoreTable
 from tokdiv.similarity import pooled_similarity, token_similarity
 from tokdiv.spec import CUSTOM, TeacherSpec
 from tokdiv.teacher import Teacher, load_teachers, state_sha256
-from tokdiv.tuning import choose_batch_size, expected_images, pays_to_compile
+from tokdiv.tuning import choose_batch_size, compiles, expected_images
 
 MEAN_IMAGES = 256  # usable images that the mean token of `centred_similarity` is taken from
 SAVE_SECONDS = 12  # the first step to end later than this after a store is stored as well
@@ -247,9 +247,7 @@ def _load(
     Args:
         images: how many this process is likely to measure; None where nobody knows.
     """
-    compiled = settings.compile == "on" or (
-        settings.compile == "auto" and pays_to_compile(group.device, images)
-    )
+    compiled = compiles(settings.compile, group.device, images)
     loaded = load_teachers(teachers, image_size=settings.image_size)
     for teacher in loaded:
         if teacher.name in ("position", "key"):  # columns of scores.parquet

@@ -7,6 +7,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -106,7 +107,7 @@ class Teacher(nn.Module):
                 BatchNorm) stays in float32 either way: rounding its weights to bfloat16 moved the mean
                 similarity of real ones by up to 0.0024. What bfloat16 does to the others is in
                 benchmarks/results/precision.md.
-            compile: through `torch.compile`.
+            compile: through `torch.compile`; on a CPU with the weights as constants ("freezing").
 
         Raises:
             UsageError: float32 is asked for, but the weights were cast to bfloat16 before.
@@ -149,7 +150,13 @@ class Teacher(nn.Module):
                 f"a teacher takes uint8 images of shape (B, 3, H, W), got {images.dtype} of shape "
                 f"{tuple(images.shape)}"
             )
-        with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        with (
+            torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32),
+            # Read when a graph is compiled, which is at the first batch of a shape.
+            torch._inductor.config.patch(freezing=True)
+            if self._compiled is not None and images.device.type == "cpu"
+            else nullcontext(),
+        ):
             output = (self._compiled or self._features)(self._normalised(images))
         return output.flatten(2).transpose(1, 2) if output.ndim == 4 else output
 

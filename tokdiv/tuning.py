@@ -3,11 +3,14 @@
 Neither changes what is measured, but for the rounding of the forward passes.
 """
 
+import os
+import shutil
 import time
 from collections.abc import Sequence
 
 import torch
 
+from tokdiv.errors import UsageError
 from tokdiv.teacher import Teacher
 
 FIRST = {"cpu": 16, "cuda": 64}  # images of the first trial, and of a run too short for trials
@@ -19,8 +22,8 @@ TRIAL_IMAGES = 256  # a shorter run is over before a trial could pay
 # A gap of 0.01 is decided after about so many (benchmarks/results/certify.md): a run that stops when the order
 # is known counts on no more.
 CERTIFIED_IMAGES = 1_024
-# On a GPU a minute or two of compilation pays from about here. On a CPU torch.compile takes about a minute a
-# network and saves a sixth to a third of its time: --compile on is for runs of tens of thousands of images.
+# A minute or two of compilation pays from about here: on a CPU it takes 10 to 20 s a network and saves a tenth
+# of its time and more.
 COMPILE_IMAGES = 50_000
 
 
@@ -32,9 +35,24 @@ def expected_images(count: int | None, max_images: int | None, certify: str) -> 
     return min(known, default=None)
 
 
-def pays_to_compile(device: torch.device, images: int | None) -> bool:
-    """The rule of `--compile auto`: on a GPU, and with 50,000 images or more for this process."""
-    return device.type == "cuda" and (images is None or images >= COMPILE_IMAGES)
+def compiles(how: str, device: torch.device, images: int | None) -> bool:
+    """Whether the networks are compiled.
+
+    Args:
+        how: "on", "off", or "auto": with 50,000 images or more for this process, on a GPU, or on a CPU with
+            a C++ compiler (g++, or what CXX names).
+
+    Raises:
+        UsageError: "on" for a CPU without such a compiler.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    able = device.type == "cuda" or (device.type == "cpu" and shutil.which(compiler) is not None)
+    if how == "on" and device.type == "cpu" and not able:
+        raise UsageError(
+            f"--compile on: there is no C++ compiler {compiler} here; install one, or leave --compile out"
+        )
+    long = images is None or images >= COMPILE_IMAGES
+    return how == "on" or (how == "auto" and able and long)
 
 
 def choose_batch_size(teachers: Sequence[Teacher], images: int | None) -> int:

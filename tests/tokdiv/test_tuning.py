@@ -1,6 +1,8 @@
 """The rules of --batch-size auto and --compile auto, on timings that are given."""
 
 import json
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from torch._dynamo.testing import CompileCounter
 
 import tokdiv
 from tokdiv import Teacher, tuning
+from tokdiv.errors import UsageError
 
 TINY = {"device": "cpu", "dtype": "float32", "workers": 1, "image_size": 32}
 
@@ -132,11 +135,35 @@ class TestCompile:
     ) -> None:
         assert tuning.expected_images(count, limit, certify) == expected
 
-    def test_pays_on_a_gpu_for_a_long_run(self) -> None:
-        cpu, gpu = torch.device("cpu"), torch.device("cuda")
-        assert not tuning.pays_to_compile(cpu, 10**9)
-        assert not tuning.pays_to_compile(gpu, 49_999)
-        assert tuning.pays_to_compile(gpu, 50_000) and tuning.pays_to_compile(gpu, None)
+    def test_pays_for_a_long_run(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for device in (torch.device("cpu"), torch.device("cuda")):
+            monkeypatch.setenv("CXX", sys.executable)  # any program that is there
+            assert not tuning.compiles("auto", device, 49_999)
+            assert tuning.compiles("auto", device, 50_000) and tuning.compiles("auto", device, None)
+            assert tuning.compiles("on", device, 1) and not tuning.compiles("off", device, None)
+            monkeypatch.setenv("CXX", "no-such-compiler")
+            assert tuning.compiles("auto", device, 50_000) == (device.type == "cuda")
+        assert not tuning.compiles("auto", torch.device("mps"), None)
+
+    def test_without_a_compiler_it_cannot_be_asked_for(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("CXX", "no-such-compiler")
+        with pytest.raises(UsageError, match="no C\\+\\+ compiler no-such-compiler"):
+            tuning.compiles("on", torch.device("cpu"), 1)
+
+    @pytest.mark.slow
+    @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+    def test_compiled_on_a_cpu_the_similarities_are_the_same(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+        torch._dynamo.reset()
+        images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+        teacher = tokdiv.load_teacher("timm:test_vit@random", image_size=64)
+        plain = tokdiv.token_similarity(teacher(images))
+        compiled = tokdiv.token_similarity(teacher.prepare("cpu", compile=True)(images))
+        torch.testing.assert_close(compiled, plain, rtol=0, atol=1e-5)
 
     def test_ten_networks_are_each_compiled(self, monkeypatch: pytest.MonkeyPatch) -> None:
         # torch gives up after 8 graphs of one function. The counter takes graphs and generates no code, which
