@@ -60,6 +60,7 @@ from tokdiv.ranking import versions
 from tokdiv.similarity import token_similarity
 from tokdiv.spec import CUSTOM, TeacherSpec
 from tokdiv.teacher import Teacher, load_teacher, state_sha256
+from tokdiv.tuning import check_compiler
 
 MAX_IN_A_ROW = 10  # steps without a finite loss before the run stops
 SIMILARITY_EVERY = 10  # steps between measurements of the student's own token similarity
@@ -128,6 +129,7 @@ def _run(
 ) -> Pretrained:
     device, main = team.device, team.rank == 0
     dtype = choose_dtype(config.dtype, device)
+    check_compiler(config.compile, device)
     compiles = config.compile == "on" or (config.compile == "auto" and device.type == "cuda")
     say = _sayer(main)
 

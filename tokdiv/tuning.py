@@ -40,19 +40,32 @@ def compiles(how: str, device: torch.device, images: int | None) -> bool:
 
     Args:
         how: "on", "off", or "auto": with 50,000 images or more for this process, on a GPU, or on a CPU with
-            a C++ compiler (g++, or what CXX names).
+            a C++ compiler.
 
     Raises:
-        UsageError: "on" for a CPU without such a compiler.
+        UsageError: "on" for a CPU without one.
     """
-    compiler = os.environ.get("CXX", "g++")
-    able = device.type == "cuda" or (device.type == "cpu" and shutil.which(compiler) is not None)
-    if how == "on" and device.type == "cpu" and not able:
-        raise UsageError(
-            f"--compile on: there is no C++ compiler {compiler} here; install one, or leave --compile out"
-        )
+    check_compiler(how, device)
+    able = device.type == "cuda" or (device.type == "cpu" and shutil.which(_compiler()) is not None)
     long = images is None or images >= COMPILE_IMAGES
     return how == "on" or (how == "auto" and able and long)
+
+
+def check_compiler(how: str, device: torch.device) -> None:
+    """torch.compile needs a C++ compiler on a CPU.
+
+    Raises:
+        UsageError: `how` is "on" and there is none.
+    """
+    if how == "on" and device.type == "cpu" and shutil.which(_compiler()) is None:
+        raise UsageError(
+            f"--compile on: there is no C++ compiler {_compiler()} here; install one, or leave --compile out"
+        )
+
+
+def _compiler() -> str:
+    """As torch looks for it."""
+    return os.environ.get("CXX", "g++")
 
 
 def choose_batch_size(teachers: Sequence[Teacher], images: int | None) -> int:
