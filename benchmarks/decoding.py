@@ -99,7 +99,7 @@ def scores(teacher: tokdiv.Teacher, views: torch.Tensor) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("images", nargs="?", type=Path)
-    parser.add_argument("--num-images", type=int, default=150)
+    parser.add_argument("--num-images", type=int, default=100)
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore", DeprecationWarning)  # torchvision's codecs, from 0.29 on

@@ -72,7 +72,6 @@ def main() -> None:
                 "-o",
                 "RUN",
             ],
-            "`tokdiv rank` of one image, whole": [*tokdiv, *rank, "-o", "RUN.whole"],
         }
         seconds: dict[str, list[float]] = {key: [] for key in commands}
         for repeat in range(arguments.repeats + 1):  # the first fills the disk's cache
@@ -93,7 +92,7 @@ def main() -> None:
     rows.append(f"| first score over the bare script | {ratio:.2f} times | 1.3 times |")
     rows += [
         "",
-        f"{arguments.repeats} interleaved repeats; the whole ranking draws its pictures and its report too.",
+        f"{arguments.repeats} interleaved repeats.",
     ]
     result = {"seconds": seconds, "ratio": ratio, "threads": torch.get_num_threads()}
     machine.record("start_up", result, "\n".join(rows))

@@ -14,8 +14,8 @@ def freed_memory_kept() -> Iterator[None]:
 
     A network's activations are allocated and freed at each layer. The largest of them glibc maps anew each
     time, and the system clears every page of them when it is first touched: a quarter of a float32
-    ResNet-50's time, more of a MobileNet's. The peak of the memory is no higher for it. At the end all that
-    is free goes back at once, and malloc is left as it is in a process that has freed much before.
+    ResNet-50's time, more of a MobileNet's. The process holds up to a fifth more memory for it. At the end
+    all that is free goes back at once, and malloc is left as it is in a process that has freed much before.
     """
     try:
         library = ctypes.CDLL(None)
