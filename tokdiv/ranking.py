@@ -519,17 +519,21 @@ def stored_batch_size(out: str | os.PathLike[str]) -> int | None:
     config = Path(out) / "config.json"
     if not config.is_file():
         return None
-    settings = _old_config(config)["settings"]
-    size = settings.get("batch_size") if isinstance(settings, dict) else None
+    size = _old_config(config)["settings"].get("batch_size")
     return size if isinstance(size, int) else None
 
 
 def _old_config(file: Path) -> dict[str, Any]:
     try:
         old = json.loads(file.read_text(encoding="utf-8"))
-        if old["schema_version"] == SCHEMA_VERSION and {"data", "settings", "teachers"} <= set(old):
+        if (
+            old["schema_version"] == SCHEMA_VERSION
+            and {"source", "count", "fingerprint"} <= old["data"].keys()
+            and {*BINDING, "max_images"} <= old["settings"].keys()
+            and all({"name", *SPEC_IDENTITY} <= teacher.keys() for teacher in old["teachers"])
+        ):
             return old
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         pass
     raise UsageError(
         f"-o {file.parent}: its config.json is not that of a ranking, or damaged; give another folder, or "

@@ -378,6 +378,27 @@ class TestWhatMayGoOn:
                 self.again(coded, tmp_path)
         assert (tmp_path / "thesis.tex").read_text() == "precious"
 
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            {"schema_version": 99},
+            {"data": []},
+            {"data": {"source": "photographs"}},
+            {"settings": []},
+            {"settings": {"seed": 0}},
+            {"teachers": None},
+            {"teachers": [{"name": "a"}]},
+            {"teachers": ["a"]},
+        ],
+    )
+    def test_a_damaged_config_is_refused(
+        self, coded: Path, run: Path, tmp_path: Path, damage: dict[str, object]
+    ) -> None:
+        config = json.loads((run / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps(config | damage))
+        with pytest.raises(UsageError, match=r"config\.json is not that of a ranking, or damaged"):
+            self.again(coded, tmp_path)
+
     def test_no_resume_moves_the_old_run_away(self, coded: Path, tmp_path: Path) -> None:
         out = tmp_path / "RUN"
         for seed in (0, 1, 2):
