@@ -11,9 +11,9 @@ import dataclasses
 import hashlib
 import json
 import os
-import pickle
 import re
-import warnings
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -100,10 +100,16 @@ def save_checkpoint(out: Path, state: dict[str, Any], keep: int) -> Path:
     return path
 
 
-def load_last(out: Path) -> tuple[Path, dict[str, Any]] | None:
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def load_last(out: Path, warn: Callable[[str], None] = _warn) -> tuple[Path, dict[str, Any]] | None:
     """The last checkpoint that is whole, or None where there is none at all.
 
-    A damaged one is passed over with a warning.
+    Args:
+        out: the run's folder.
+        warn: is told of a damaged one that is passed over.
 
     Raises:
         RunError: there are checkpoints, and all of them are damaged.
@@ -117,11 +123,13 @@ def load_last(out: Path) -> tuple[Path, dict[str, Any]] | None:
         named = folder / pointer.read_text(errors="replace").strip()
         if named in candidates:
             candidates = [named, *(c for c in candidates if c != named)]
-    for path in candidates:
+        elif candidates:
+            warn(f"the checkpoint '{named}' is gone; '{candidates[0].name}' is taken")
+    for path, after in zip(candidates, [*candidates[1:], None]):
         try:
             return path, read(path)
         except UsageError as error:
-            warnings.warn(f"{error}; the one before it is used", RuntimeWarning, stacklevel=2)
+            warn(f"{error}; '{after.name}' is taken" if after else str(error))
     if candidates:
         raise RunError(
             f"none of the {len(candidates)} checkpoints in '{folder}' is whole; start again with --no-resume"
@@ -142,9 +150,12 @@ def read(path: Path) -> dict[str, Any]:
         raise UsageError(f"the checkpoint '{path}' is damaged (its sha256 differs)")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError, pickle.UnpicklingError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-        raise UsageError(f"the checkpoint '{path}' cannot be read ({reason})") from None
+    except OSError as error:
+        raise UsageError(
+            f"the checkpoint '{path}' cannot be read ({error.strerror or error})"
+        ) from None
+    except Exception:  # whatever the unpickler meets in a file that is something else
+        raise UsageError(f"'{path}' is no checkpoint of img2vec pretrain, or damaged") from None
     if not isinstance(state, dict) or not {"format", "model", "config", "progress"} <= set(state):
         raise UsageError(f"'{path}' is no checkpoint of img2vec pretrain")
     if state["format"] != FORMAT:
@@ -156,12 +167,15 @@ def student_from_checkpoint(path: Path) -> dict[str, Any]:
     """What `export_student` needs, but for the folder, from a checkpoint or a run's folder.
 
     Args:
-        path: a checkpoint file, OUT/checkpoints, or OUT, which mean the last complete one.
+        path: a checkpoint file, or OUT/checkpoints/last, OUT/checkpoints or OUT, which mean the last
+            complete one.
 
     Raises:
         UsageError: no checkpoint of `img2vec pretrain`.
     """
     path = Path(path)
+    if path.name == POINTER and path.is_file():
+        path = path.parent
     if path.is_dir():
         out = path.parent if path.name == FOLDER and not (path / FOLDER).is_dir() else path
         found = load_last(out)
@@ -268,18 +282,25 @@ def _like(value: Tensor, reference: Any) -> Tensor:
     return value
 
 
-def truncate_metrics(path: Path, step: int) -> None:
-    """Drop the lines of steps behind `step`, and a last line that was cut, so that none repeats."""
+def truncate_metrics(path: Path, step: int) -> int | None:
+    """Drop the lines of steps behind `step`, and a last line that was cut, so that none repeats.
+
+    Returns:
+        The step of the last evaluation that is left, a line without `loss`; None where there is none.
+    """
     if not path.is_file():
-        return
-    kept = []
+        return None
+    kept, evaluated = [], None
     for line in path.read_bytes().splitlines(keepends=True):
         try:
-            if line.endswith(b"\n") and json.loads(line)["step"] <= step:
+            values = json.loads(line)
+            if line.endswith(b"\n") and values["step"] <= step:
                 kept.append(line)
+                evaluated = evaluated if "loss" in values else values["step"]
         except (ValueError, KeyError, TypeError):
             continue
     write_atomically(path, b"".join(kept))
+    return evaluated
 
 
 def _newest_first(folder: Path) -> list[Path]:

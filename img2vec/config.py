@@ -111,7 +111,7 @@ class Config:
                 raise UsageError(f"{option(name)} {value}: expected 1 or more")
         for name in ["global_weight", "weight_decay", "knn_every", "warmup_epochs", "seed"]:
             value = getattr(self, name)
-            if value is not None and not value >= 0:
+            if value is not None and not 0 <= value < float("inf"):
                 raise UsageError(f"{option(name)} {value}: expected 0 or more")
         for name in ["blr", "lr", "clip_grad"]:
             value = getattr(self, name)
@@ -236,18 +236,22 @@ def make_config(
         file: YAML with fields of Config as keys, and possibly `preset`.
         options: fields of Config; None as a value means "not given".
 
+    Another student than the preset's is taken whole, without the preset's `student_args`.
+
     Raises:
         UsageError: an unknown preset, key or option (the nearest is named), or a value out of range.
     """
     from_file = _read_yaml(Path(file)) if file is not None else {}
     preset = preset or from_file.pop("preset", None) or "vit_base"
     from_file.pop("preset", None)
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         raise UsageError(
             f"unknown preset '{preset}'{nearest(str(preset), PRESETS)}; expected one of {', '.join(PRESETS)}"
         )
     given = {k: v for k, v in (options or {}).items() if v is not None}
     values = _checked(from_file, f"'{file}'") | _checked(given, "the call")
+    if values.get("student", PRESETS[preset].student) != PRESETS[preset].student:
+        values = {"student_args": {}} | values  # the preset's are those of its own student
     return dataclasses.replace(PRESETS[preset], **values)
 
 
@@ -279,7 +283,7 @@ def _checked(values: dict[str, Any], where: str) -> dict[str, Any]:
             )
         try:
             checked[key] = _converted(value, hints[key])
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise UsageError(
                 f"{where}: {key} = {value!r}: expected {_expected(hints[key])}"
             ) from None

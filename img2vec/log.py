@@ -38,6 +38,7 @@ class Log:
         self, out: Path, step: int, total: int, main: bool, wandb: bool, run: dict[str, Any]
     ) -> None:
         self.out, self.main = out, main
+        self.evaluated: int | None = None  # the step of the last evaluation, on the main process
         self.bar = tqdm(
             total=total, initial=step, desc="pretrain", unit="step", disable=None if main else True
         )
@@ -45,7 +46,7 @@ class Log:
         self._events: Any = None
         if not main:
             return
-        truncate_metrics(out / METRICS, step)
+        self.evaluated = truncate_metrics(out / METRICS, step)
         self._metrics = (out / METRICS).open("a", encoding="utf-8")
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -95,6 +96,7 @@ class Log:
         if self.main:
             self._write(line)
             self._report(line, "evaluation")
+            self.evaluated = line["step"]
 
     def say(self, text: str) -> None:
         """A remark on stderr that does not tear the bar."""

@@ -47,6 +47,8 @@ def make_student(config: Config) -> VisionTransformer:
             f"--student '{name}': timm has no such model{nearest(name, timm.list_models('*vit*'))}"
         )
     plain = "expected a plain VisionTransformer of timm, as vit_base_patch16_224"
+    if "img_size" in config.student_args:
+        raise UsageError("student_args: img_size is the side of the view: give it as --image-size")
     try:
         student = timm.create_model(
             name,
@@ -59,7 +61,7 @@ def make_student(config: Config) -> VisionTransformer:
         if "img_size" in str(error):
             raise UsageError(f"--student '{name}' takes no image size: {plain}") from None
         raise UsageError(
-            f"--student '{name}' does not take {config.student_args}: {error}"
+            f"--student '{name}' does not take {config.student_args}: {error}; {plain}"
         ) from None
     except (AssertionError, ValueError, RuntimeError) as error:
         reason = (str(error).strip() or "an assertion in timm failed").splitlines()[0]
@@ -71,6 +73,10 @@ def make_student(config: Config) -> VisionTransformer:
     if student.pos_embed is None or not isinstance(student.patch_embed.norm, nn.Identity):
         raise UsageError(
             f"--student '{name}' has no position embeddings to give to visible patches: {plain}"
+        )
+    if not isinstance(student.patch_drop, nn.Identity):
+        raise UsageError(
+            "student_args: patch_drop_rate: the mask drops patches already; leave it out"
         )
     if student.attn_pool is not None:
         raise UsageError(f"--student '{name}' pools by attention: {plain}")

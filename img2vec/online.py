@@ -1,6 +1,5 @@
 """How good is the student now? k-NN accuracy on the data's own classes, while it is being pretrained."""
 
-import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -52,7 +51,7 @@ def prepare_knn(
                 for part in (learn, measure)
             )
         except RunError as error:
-            warnings.warn(f"no k-NN accuracy: {error}", RuntimeWarning, stacklevel=2)
+            say(f"remark: no k-NN accuracy: {error}")
             return None
         accuracies = weighted_knn(
             of_learn.features,

@@ -39,7 +39,7 @@ from img2vec.checkpoint import (
 )
 from img2vec.config import Config, make_config
 from img2vec.data import Batch, Plan, View, images_per_epoch, plan_epoch, read_epoch
-from img2vec.log import Log, Skipped, check_wandb
+from img2vec.log import SKIPPED, Log, Skipped, check_wandb
 from img2vec.loss import global_loss, make_targets, patch_loss, split_targets
 from img2vec.masking import Layout, plan_layout, split_indices
 from img2vec.model import Img2Vec, choose_attention, make_student
@@ -174,7 +174,7 @@ def _run(
         "versions": versions(),
     }
     stack.callback(open_out(out, run, resume, team).release)
-    found = load_last(out)
+    found = load_last(out, lambda text: say(f"warning: {text}"))
     progress = Progress(world=team.world, global_batch=plan.global_batch)
     if found is not None:
         path, state = found
@@ -232,8 +232,19 @@ def _run(
     def finished() -> bool:
         return config.max_steps is not None and progress.step >= config.max_steps
 
+    def evaluate() -> None:
+        """Measure the student where an epoch has just ended at which that is due, and has not been done."""
+        epochs = progress.epoch
+        due = epochs == config.epochs or (knn is not None and epochs % config.knn_every == 0)
+        if knn is None or not epochs or progress.step_in_epoch or not due:
+            return
+        if not team.broadcast(log.evaluated == progress.step):
+            accuracy = knn(model, device)
+            log.evaluation({"step": progress.step, "epoch": epochs - 1, "knn_accuracy": accuracy})
+
     try:
         model.train()
+        evaluate()  # it was left out where the run was interrupted at an epoch's very end
         clock = time.perf_counter()
         while progress.epoch < config.epochs and not finished():
             epoch = progress.epoch
@@ -324,7 +335,7 @@ def _run(
                         line["token_similarity"] = _finite(similarity / usable)
                     log.step(line)
                     if progress.in_a_row >= MAX_IN_A_ROW:
-                        raise _diverged(out, usable)
+                        raise _diverged(out, usable, teacher, batch)
                     due = config.save_every or plan.steps
                     position = progress.step if config.save_every else progress.step_in_epoch
                     if stop or finished() or position % due == 0:
@@ -341,14 +352,8 @@ def _run(
                         raise SystemExit(EXIT_CODES[signal.Signals(number_caught)])
                     if finished():
                         break
-            if knn is not None and progress.step_in_epoch == 0:
-                last = progress.epoch == config.epochs
-                if last or progress.epoch % config.knn_every == 0:
-                    accuracy = knn(model, device)
-                    log.evaluation(
-                        {"step": progress.step, "epoch": epoch, "knn_accuracy": accuracy}
-                    )
-                    clock = time.perf_counter()
+            evaluate()
+            clock = time.perf_counter()
         save()
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
@@ -362,6 +367,16 @@ def _run(
         raise RunError(
             f"not enough memory on {device} for {plan.batch_size} images at a time: {remedy}"
         ) from error
+
+    if 0 < progress.skipped == progress.step:
+        raise RunError(
+            f"not one of the {progress.step} steps could be made: the loss was not finite, or no image can be "
+            f"used ({SKIPPED} lists them)"
+        )
+    if progress.skipped:
+        say(
+            f"warning: {progress.skipped} of {progress.step} steps were skipped: their loss was not finite"
+        )
 
     # The student, for timm.
     exported = out / "student"
@@ -494,8 +509,13 @@ def _winner(path: Path, say: Callable[[str], None]) -> TeacherSpec:
             f"hold; name that code with --teacher-module FILE.py:FUNCTION in place of --teacher"
         )
     say(f"teacher: {best.name}, the winner of {path}")
-    if not ranking.certified:
-        say("remark: this ranking is not certified: the order of its teachers may be chance")
+    if len(ranking.teachers) > 1 and not ranking.certified:
+        if ranking.certificate["best_certified"]:
+            say(
+                "remark: this ranking's winner is certified, the order of its other teachers is not"
+            )
+        else:
+            say("remark: this ranking is not certified: the order of its teachers may be chance")
     for remark in ranking.remarks():
         say(f"remark: {remark}")
     return best
@@ -512,8 +532,8 @@ def resized(images: Tensor, size: int) -> Tensor:
 
 
 def _shard(model: Img2Vec) -> None:
-    """FSDP2: each block a unit, and the rest another, with the decoder's last block, which is not called whole."""
-    for block in [*model.encoder.blocks, *model.decoder_blocks[:-1]]:
+    """FSDP2: each encoder block a unit, and the rest another: the decoder's blocks are not called whole."""
+    for block in model.encoder.blocks:
         fully_shard(block)
     fully_shard(model)
     register_fsdp_forward_method(model, "tokens")
@@ -551,14 +571,19 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def _diverged(out: Path, usable: float) -> RunError:
-    found = load_last(out)
+def _diverged(out: Path, usable: float, teacher: Teacher, batch: Batch) -> RunError:
+    found = load_last(out, lambda text: None)
     last = f"the last good checkpoint is {found[0]}" if found else "no checkpoint was saved before"
     if not usable:
         return RunError(f"none of the images of the last {MAX_IN_A_ROW} steps can be used; {last}")
+    if not teacher(resized(batch.images, teacher.size)).isfinite().all():
+        return RunError(
+            f"the teacher {teacher.name} gives tokens that are not finite: its weights are damaged, or too "
+            f"large for this --dtype; take another one, or --dtype float32 in another -o"
+        )
     return RunError(
-        f"the loss was not finite {MAX_IN_A_ROW} steps in a row; {last}; go on from it with a lower --lr, "
-        f"--clip-grad 1 or --dtype float32 in another -o"
+        f"the loss was not finite {MAX_IN_A_ROW} steps in a row; {last}; begin anew in another -o, with a lower "
+        f"--lr, --clip-grad 1 or --dtype float32"
     )
 
 

@@ -90,10 +90,11 @@ def open_out(out: Path, run: dict[str, Any], resume: bool, team: Processes) -> f
     return lock
 
 
-def check_same_run(out: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+def check_same_run(out: Path, old: Any, new: dict[str, Any]) -> None:
     """Raise UsageError, naming the difference, where `old` is another run than `new`."""
     remedy = "give the same settings, another -o, or --no-resume to begin anew"
-    if not {"config", "teacher", "data"} <= set(old):
+    parts = ("config", "teacher", "data")
+    if not isinstance(old, dict) or not all(isinstance(old.get(part), dict) for part in parts):
         raise UsageError(f"'{out}' holds no run of img2vec pretrain that can be read: {remedy}")
     free = set(FREE)
     if old.get("world") != new["world"]:

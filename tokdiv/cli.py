@@ -1,9 +1,13 @@
 """The command line: parse, call, print. Torch is imported inside the commands, so that help comes at once."""
 
+import contextlib
 import itertools
 import json
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -257,13 +261,11 @@ def depth(
 
 
 def own_teacher(module: str | None) -> "list[Teacher]":
-    """Run the user's own code for --teacher-module, and say so."""
+    """The teacher of --teacher-module, if any."""
     if module is None:
         return []
     from tokdiv.teacher import teacher_from_file
 
-    if _is_first_process():
-        print(f"running your code: {module}", file=sys.stderr)
     return [teacher_from_file(module)]
 
 
@@ -327,8 +329,32 @@ def run(application: typer.Typer) -> int:
 
     0 done, 1 a run-time failure, 2 a mistake in the call, 130 and 143 interrupted by SIGINT and SIGTERM.
     """
+    with _terminable():
+        return _run(application)
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends the process with 143 where no command in progress handles it better."""
+
+    def end(number: int, frame: Any) -> None:
+        sys.exit(_fail("terminated", 128 + number, shared=True))
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python allows handlers in the main thread alone
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run(application: typer.Typer) -> int:
     try:
         code = application(standalone_mode=False)
+        if code == 130:  # some versions of click return it in place of raising
+            return _fail("interrupted", 130)
         return code if isinstance(code, int) else 0
     except UsageError as error:
         return _fail(error, 2, shared=True)

@@ -38,6 +38,7 @@ from tokdiv.ranking import (
     make_ranking,
     open_run,
     stored_batch_size,
+    stored_rates,
     write_config,
 )
 from tokdiv.scores import MEASURES, Scores, ScoreTable
@@ -179,6 +180,8 @@ def rank(
         )
         _warn(source.warnings[warned:], group)
         if out:
+            write_config(out, source, chosen, [t.spec for t in loaded], rates)
+            ranking = dataclasses.replace(ranking, rates=stored_rates(out))
             ranking.write(Path(out), judge.table)
         group.broadcast(ranking)
     if out:

@@ -672,8 +672,8 @@ def _place_labels(
     """Label points without overlap: each text takes the nearest free place around its point.
 
     `paths` are points of drawn lines, which texts keep off too where they can. Greedy, from the most
-    crowded point on; a thin line leads to a text that had to move away. Where nothing is free (dozens
-    of labels), the place with the least overlap is taken.
+    crowded point on; a thin line leads to a text that had to move away, past the others. Where nothing is
+    free (dozens of labels), the place with the least overlap is taken.
     """
     figure.draw_without_rendering()  # type: ignore[no-untyped-call]
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
@@ -685,6 +685,19 @@ def _place_labels(
     drawn = axes.transData.transform(np.reshape(paths, (-1, 2))) if len(paths) else np.empty((0, 2))
     frame = axes.get_window_extent(renderer)
     crowding = [sum(math.dist(c, d) < 80 * pixels_per_point for d in centres) for c in centres]
+
+    def leader(centre: NDArray[np.float64], box: Bbox) -> NDArray[np.float64]:
+        """Points (n, 2) of the line from a marker to its text; none where the text is near enough."""
+        end = np.clip(centre, box.min, box.max)
+        length = math.dist(end, centre)
+        if length <= 16 * pixels_per_point:
+            return np.empty((0, 2))
+        return np.linspace(centre + (end - centre) * half / length, end, 20)
+
+    def crossings(lines: NDArray[np.float64], box: Bbox) -> int:
+        inside = (lines >= np.subtract(box.min, thin)) & (lines <= np.add(box.max, thin))
+        return int(inside.all(axis=1).sum())
+
     for i in sorted(range(len(points)), key=lambda i: -crowding[i]):
         label = axes.annotate(
             texts[i],
@@ -704,16 +717,18 @@ def _place_labels(
         size = label.get_window_extent(renderer)
         choice: tuple[float, float, float, Bbox] | None = None
         for distance in (3, 8, 15, 24, 36, 50, 70, 95, 125):
-            for turn in range(16):
-                angle = math.pi / 8 * turn
+            for turn in range(32):
+                angle = math.pi / 16 * turn
                 reach = half + distance * pixels_per_point
                 x = math.cos(angle) * (reach + size.width / 2)
                 y = math.sin(angle) * (reach + size.height / 2)
                 box = size.translated(x, y)
                 spill = size.width * size.height - _shared_area(box, frame)
                 cost = 3 * spill + sum(_shared_area(box, other) for other in taken)
-                crossed = (drawn >= np.subtract(box.min, thin)) & (drawn <= np.add(box.max, thin))
-                cost += 4 * thin**2 * crossed.all(axis=1).sum()
+                line = leader(centres[i], box)
+                crossed = crossings(drawn, box)
+                crossed += sum(crossings(line, other) for n, other in enumerate(taken) if n != i)
+                cost += 4 * thin**2 * crossed
                 if choice is None or cost < choice[0] - 1e-6:
                     choice = (cost, x, y, box)
             if choice is not None and choice[0] < 1e-6:
@@ -722,12 +737,13 @@ def _place_labels(
         _, x, y, box = choice
         label.set_position((x / pixels_per_point, y / pixels_per_point))
         taken.append(box.padded(1.5 * pixels_per_point))
-        near = (min(max(centres[i][0], box.x0), box.x1), min(max(centres[i][1], box.y0), box.y1))
-        if math.dist(near, centres[i]) > 16 * pixels_per_point:
+        line = leader(centres[i], box)
+        if len(line):
+            drawn = np.concatenate([drawn, line])
             axes.annotate(
                 "",
                 points[i],
-                xytext=tuple(axes.transData.inverted().transform(near)),
+                xytext=tuple(axes.transData.inverted().transform(line[-1])),
                 arrowprops={"arrowstyle": "-", "color": "#999999", "linewidth": 0.6, "shrinkB": 5},
                 zorder=2.5,
             ).set_in_layout(False)

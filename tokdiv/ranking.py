@@ -27,7 +27,7 @@ from tokdiv import __version__
 from tokdiv.certify import Certificate, confidence_sequence
 from tokdiv.errors import RunError, UsageError
 from tokdiv.scores import CHUNK, ScoreTable, write_whole
-from tokdiv.spec import TeacherSpec
+from tokdiv.spec import CUSTOM, TeacherSpec
 
 if TYPE_CHECKING:
     from tokdiv.measure import Settings
@@ -184,9 +184,12 @@ class Ranking:
             f"{'Winner' if of_best else 'Order'} {'certified' if certified else 'not certified'}"
         )
         seen, count = self.data["images"], self.data["count"]
+        images = f"{seen:,} of {count if count is None else format(count, ',')} images"
+        if len(self.teachers) < 2:
+            return f"Measured on {images}, scored in {self._dtypes()}."
         return (
-            f"{state} at {self.certificate['confidence']:.6g} confidence from {seen:,} of "
-            f"{count if count is None else format(count, ',')} images, scored in {self._dtypes()}."
+            f"{state} at {self.certificate['confidence']:.6g} confidence from {images}, scored in "
+            f"{self._dtypes()}."
         )
 
     def _dtypes(self) -> str:
@@ -236,11 +239,12 @@ class Ranking:
         for pair in certificate["pairs"]:
             if pair["state"] == "open" and wanted:
                 more = pair["more_images"]
-                about = (
-                    f"about {more:,} images more would settle it"
-                    if more
-                    else "more images may settle it"
-                )
+                if self.data["images"] == self.data["count"]:
+                    about = "no image is left: those that could not be used keep it open"
+                elif more:
+                    about = f"about {more:,} images more would settle it"
+                else:
+                    about = "more images may settle it"
                 remarks.append(
                     f"Not decided within {pair['images']:,} images: {pair['first']} before {pair['second']}, gap "
                     f"{pair['gap']:.4f} ({pair['low']:.4f} to {pair['high']:.4f}); {about}."
@@ -256,8 +260,12 @@ class Ranking:
         return remarks
 
     def about_the_measure(self) -> list[str]:
-        """The remarks on measures by which another one would win."""
-        remarks = []
+        """The remarks on measures by which another one would win, and on teachers that no file holds."""
+        own = [t.name for t in self.teachers if t.spec.architecture == CUSTOM]
+        remarks = [
+            f"{name} is made by code of your own: it cannot be loaded again without that code."
+            for name in own
+        ]
         trained = [t for t in self.teachers if not t.baseline]
         for column, what in (
             ("centred_similarity", "Centred at its mean token"),
@@ -310,12 +318,14 @@ def load_ranking(path: str | os.PathLike[str]) -> Ranking:
     file = Path(path)
     file = file / "ranking.json" if file.is_dir() else file
     if not file.is_file():
-        unfinished = (file.parent / "config.json").is_file()
-        why = (
-            "this run is not finished: repeat its `tokdiv rank` command"
-            if unfinished
-            else "no such ranking"
-        )
+        why = "no such ranking"
+        if (file.parent / "checkpoints").is_dir():
+            why = (
+                f"this is a run of img2vec pretrain, no ranking; its page is written anew by "
+                f"img2vec.report.write_report({str(file.parent)!r})"
+            )
+        elif (file.parent / "config.json").is_file():
+            why = "this run is not finished: repeat its `tokdiv rank` command"
         raise UsageError(f"'{file}': {why}")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -328,8 +338,15 @@ def load_ranking(path: str | os.PathLike[str]) -> Ranking:
             RankedTeacher(**(row | {"spec": TeacherSpec.from_dict(row["spec"])}))
             for row in content["teachers"]
         ]
+        if content["best"] not in [teacher.name for teacher in teachers]:
+            raise ValueError(f"its best, {content['best']!r}, is none of its teachers")
         return Ranking(
-            content["data"], content["settings"], content["certificate"], teachers, content["best"]
+            content["data"],
+            content["settings"],
+            content["certificate"],
+            teachers,
+            content["best"],
+            stored_rates(file.parent),
         )
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, UsageError):
@@ -508,10 +525,21 @@ def write_config(
     source: "Source",
     settings: "Settings",
     specs: Sequence[TeacherSpec],
+    rates: dict[str, float] | None = None,
 ) -> None:
-    """Write RUN/config.json: what is measured and how, and by which versions."""
-    text = json.dumps(_config(source, settings, specs), indent=2) + "\n"
-    write_whole(Path(out) / "config.json", text)
+    """Write RUN/config.json: what is measured, how, how fast (`Ranking.rates`), and by which versions."""
+    content = _config(source, settings, specs)
+    content["images_per_second"] = stored_rates(out) | (rates or {})
+    write_whole(Path(out) / "config.json", json.dumps(content, indent=2) + "\n")
+
+
+def stored_rates(out: str | os.PathLike[str]) -> dict[str, float]:
+    """Images per second of each teacher when it was last measured in the folder RUN, where that is known."""
+    try:
+        content = json.loads((Path(out) / "config.json").read_text(encoding="utf-8"))
+        return {str(name): float(rate) for name, rate in content["images_per_second"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
 
 
 def stored_batch_size(out: str | os.PathLike[str]) -> int | None:

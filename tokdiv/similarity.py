@@ -17,10 +17,10 @@ def token_similarity(tokens: Tensor) -> Tensor:
     tokens: the cosine with a zero token is 0. Scaling a token by any positive number changes nothing.
 
     Args:
-        tokens: (B, K, C) floating point, K >= 2. Half precision is computed in float32.
+        tokens: (B, K, C) floating point, K >= 2. Half precision is computed in float32, float64 in itself.
 
     Returns:
-        (B,) float32 (float64 for float64 tokens), in [-1 / (K - 1), 1]. An image with a token that is
+        (B,) float32, in [-1 / (K - 1), 1]. An image with a token that is
         NaN or infinite gets NaN.
 
     Raises:
@@ -37,10 +37,10 @@ def token_similarity(tokens: Tensor) -> Tensor:
     if tokens.dtype != torch.float64:
         tokens = tokens.float()
     if tokens.device.type != "cpu":
-        return _closed_form(tokens)
+        return _closed_form(tokens).float()
     # On a CPU the image is the unit of work: its tokens stay in the cache between the three passes.
     scores = [_closed_form(image) for image in tokens.split(1)]
-    return torch.cat(scores) if scores else tokens.new_zeros(0)
+    return torch.cat(scores).float() if scores else torch.zeros(0)
 
 
 def _closed_form(tokens: Tensor) -> Tensor:

@@ -297,7 +297,7 @@ def load_teacher(
 
 
 def teacher_from_file(reference: str) -> Teacher:
-    """Call the user's own function, FILE.py:FUNCTION, which returns a Teacher. This runs that code.
+    """Call the user's own function, FILE.py:FUNCTION, which returns a Teacher. This runs that code, and says so.
 
     Raises:
         UsageError: no such file or function, or it returned something else.
@@ -311,6 +311,8 @@ def teacher_from_file(reference: str) -> Teacher:
     module_spec = importlib.util.spec_from_file_location(f"teacher_module_{Path(path).stem}", path)
     if module_spec is None or module_spec.loader is None:
         raise UsageError(f"--teacher-module {reference}: '{path}' is no Python file")
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"running your code: {reference}", file=sys.stderr)
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_spec.name] = module  # dataclasses and pickle look their module up
     sys.path.insert(

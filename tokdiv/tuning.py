@@ -41,13 +41,15 @@ def compiles(how: str, device: torch.device, images: int | None) -> bool:
     Args:
         how: "on", "off", or "auto": with 50,000 images or more for this process, on a GPU, or on a CPU with
             a C++ compiler.
+        images: that this process is likely to measure; None where nobody knows, which counts as many on a
+            GPU alone.
 
     Raises:
         UsageError: "on" for a CPU without one.
     """
     check_compiler(how, device)
     able = device.type == "cuda" or (device.type == "cpu" and shutil.which(_compiler()) is not None)
-    long = images is None or images >= COMPILE_IMAGES
+    long = device.type == "cuda" if images is None else images >= COMPILE_IMAGES
     return how == "on" or (how == "auto" and able and long)
 
 

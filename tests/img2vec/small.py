@@ -17,7 +17,7 @@ SMALL: dict[str, Any] = {
     "image_size": 64,
     "mask_unit": 16,
     "decoder_dim": 32,
-    "decoder_depth": 1,
+    "decoder_depth": 2,
     "batch_size": 4,
     "epochs": 4,
     "warmup_epochs": 1,

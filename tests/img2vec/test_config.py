@@ -43,6 +43,10 @@ def test_yaml_is_read_as_the_fields_types(tmp_path):
         ("mean: [0.5]", "mean = .*: expected 3 numbers"),
         ("- epochs", "holds no settings"),
         ("a: [", "is not valid YAML"),
+        ("preset: [a]", "unknown preset"),
+        ("epochs: .inf", "epochs = inf: expected a whole number"),
+        ("weight_decay: .inf", "--weight-decay inf: expected 0 or more"),
+        ("global_weight: .nan", "--global-weight nan: expected 0 or more"),
         ("preset: vit_bsae", "unknown preset 'vit_bsae' .did you mean vit_base"),
     ],
 )
@@ -52,6 +56,19 @@ def test_what_a_file_cannot_mean_is_said_in_one_line(tmp_path, text, expected):
     with pytest.raises(UsageError, match=expected) as caught:
         make_config(file=file)
     assert "\n" not in str(caught.value)
+
+
+def test_another_student_than_the_presets_is_taken_whole(tmp_path):
+    assert make_config("sample").student_args == {"depth": 6}
+    named = {"student": PRESETS["sample"].student, "epochs": 3}
+    assert make_config("sample", options=named).student_args == {"depth": 6}
+    other = {"student": "vit_base_patch32_224"}
+    assert make_config("sample", options=other).student_args == {}
+    args = {"student_args": {"depth": 3}}
+    assert make_config("sample", options=other | args).student_args == {"depth": 3}
+    file = tmp_path / "settings.yaml"
+    file.write_text("preset: sample\nstudent: vit_small_patch16_224\n")
+    assert make_config(file=file).student_args == {}
 
 
 def test_what_may_change_on_resuming_are_settings():

@@ -265,6 +265,9 @@ def test_students_with_registers_or_without_a_class_token_are_plain_too():
         ("swin_tiny_patch4_window7_224", {}, "is a SwinTransformer.*plain VisionTransformer"),
         ("vit_base_r26_s32_224", {}, "plain VisionTransformer"),
         ("test_vit", {"depths": 2}, "does not take .*depths"),
+        ("swin_tiny_patch4_window7_224", {"depth": 2}, "depth.*plain VisionTransformer"),
+        ("test_vit", {"img_size": 96}, "give it as --image-size"),
+        ("test_vit", {"patch_drop_rate": 0.5}, "patch_drop_rate: the mask drops patches already"),
         ("test_vit", {"pos_embed": "none"}, "no position embeddings"),
     ],
 )

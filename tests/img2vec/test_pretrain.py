@@ -2,12 +2,14 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import timm
@@ -83,6 +85,8 @@ def test_a_run_leaves_what_it_promises(photos, tmp_path):
 
 def test_the_student_of_a_checkpoint_is_what_export_takes(undisturbed):
     last = student_from_checkpoint(undisturbed)
+    named = student_from_checkpoint(undisturbed / "checkpoints" / "last")
+    assert named["description"] == last["description"]
     assert (last["architecture"], last["input_size"]) == ("test_vit", 64)
     assert last["model_args"]["depth"] == 2
     assert all(
@@ -155,7 +159,9 @@ def test_killed_in_the_middle_of_accumulation_it_repeats_no_step_and_ends_with_t
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
-def test_a_damaged_checkpoint_is_passed_over_with_a_warning(photos, tmp_path, undisturbed, damage):
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
+    photos, tmp_path, undisturbed, damage, capsys
+):
     out = tmp_path / "run"
     _pretrain(photos, out, **RESUMABLE, max_steps=6)
     last = out / "checkpoints" / "step-00000006.pt"
@@ -163,22 +169,41 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(photos, tmp_path, un
     if damage == "flipped":
         data[len(data) // 2] ^= 1
     last.write_bytes({"cut": data[: len(data) // 2], "flipped": data, "empty": b""}[damage])
-    with pytest.warns(
-        RuntimeWarning, match=r"step-00000006.pt' is damaged.*the one before it is used"
-    ):
-        _pretrain(photos, out, **RESUMABLE)
+    _pretrain(photos, out, **RESUMABLE)
+    said = capsys.readouterr().err
+    assert re.search(
+        r"warning: .*step-00000006.pt' is damaged.*'step-00000004.pt' is taken\n", said
+    )
     expected = _weights(undisturbed)
     assert all(torch.equal(value, expected[name]) for name, value in _weights(out).items())
 
 
-def test_only_damaged_checkpoints_are_an_error_that_names_the_remedy(photos, tmp_path):
+def test_only_damaged_checkpoints_are_an_error_that_names_the_remedy(photos, tmp_path, capsys):
     _pretrain(photos, tmp_path / "run", max_steps=1)
     (tmp_path / "run" / "checkpoints" / "step-00000001.pt").write_bytes(b"nothing")
-    with (
-        pytest.warns(RuntimeWarning),
-        pytest.raises(RunError, match=r"none of the 1 checkpoints.*--no-resume"),
-    ):
+    with pytest.raises(RunError, match=r"none of the 1 checkpoints.*--no-resume"):
         _pretrain(photos, tmp_path / "run")
+    (said,) = (line for line in capsys.readouterr().err.splitlines() if "damaged" in line)
+    assert said.endswith("is damaged (its sha256 differs)")
+
+
+def test_a_checkpoint_that_is_gone_is_said(photos, tmp_path, capsys):
+    _pretrain(photos, tmp_path / "run", **RESUMABLE, max_steps=4)
+    (tmp_path / "run" / "checkpoints" / "step-00000004.pt").unlink()
+    _pretrain(photos, tmp_path / "run", **RESUMABLE, max_steps=4)
+    said = capsys.readouterr().err
+    assert "step-00000004.pt' is gone; 'step-00000002.pt' is taken" in said
+    assert "resuming at step 2" in said
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"step", b"\x00" * 64, b"PK\x03\x04 not a zip", b"\x80\x02."]
+)
+def test_what_is_no_checkpoint_is_said(tmp_path, content):
+    file = tmp_path / "other.pt"
+    file.write_bytes(content)
+    with pytest.raises(UsageError, match=r"other.pt' is no checkpoint of img2vec pretrain"):
+        student_from_checkpoint(file)
 
 
 def test_a_checkpoint_without_pickles_of_code(undisturbed):
@@ -214,7 +239,35 @@ def test_a_signal_saves_and_ends_the_run(photos, tmp_path, name, code):
     assert signal.getsignal(getattr(signal, name)) in (signal.SIG_DFL, signal.default_int_handler)
 
 
-def test_a_loss_that_is_not_finite_skips_the_step(photos, tmp_path, monkeypatch):
+def test_an_evaluation_that_a_signal_prevented_is_made_up_for(photos, tmp_path, monkeypatch):
+    settings = {"epochs": 2, "knn_every": 1}
+    _pretrain(photos, tmp_path / "undisturbed", **settings)
+    whole, calls = module.image_losses, 0
+
+    def interrupted(*arguments):
+        nonlocal calls
+        calls += 1
+        if calls in (6, 12):  # the last steps of both epochs
+            os.kill(os.getpid(), signal.SIGTERM)
+        return whole(*arguments)
+
+    monkeypatch.setattr(module, "image_losses", interrupted)
+    for done in ([], [6]):
+        with pytest.raises(SystemExit):
+            _pretrain(photos, tmp_path / "run", **settings)
+        found = _metrics(tmp_path / "run")
+        assert [line["step"] for line in found if "loss" not in line] == done
+    for _ in range(2):  # once it is measured, no second time
+        _pretrain(photos, tmp_path / "run", **settings)
+        expected, found = (
+            [line for line in _metrics(tmp_path / name) if "loss" not in line]
+            for name in ("undisturbed", "run")
+        )
+        assert [line["step"] for line in expected] == [6, 12]
+        assert found == expected
+
+
+def test_a_loss_that_is_not_finite_skips_the_step(photos, tmp_path, monkeypatch, capsys):
     whole, calls = module.image_losses, 0
 
     def spoilt(*arguments):
@@ -228,6 +281,7 @@ def test_a_loss_that_is_not_finite_skips_the_step(photos, tmp_path, monkeypatch)
     lines = _metrics(tmp_path / "run")
     assert [line["loss"] is None for line in lines] == [step in (3, 4) for step in range(1, 13)]
     assert lines[-1]["skipped_steps"] == 2
+    assert "2 of 12 steps were skipped: their loss was not finite" in capsys.readouterr().err
     checkpoints = tmp_path / "run" / "checkpoints"
     second, fourth = (
         torch.load(checkpoints / f"step-0000000{n}.pt", weights_only=True)["model"] for n in (2, 4)
@@ -250,6 +304,21 @@ def test_ten_such_steps_in_a_row_stop_the_run_and_name_the_last_checkpoint(
     with pytest.raises(RunError, match=r"not finite 10 steps in a row.*step-00000012.pt"):
         _pretrain(photos, tmp_path / "run")
     assert len(_metrics(tmp_path / "run")) == 16
+
+
+def test_a_teacher_with_damaged_weights_is_named(photos, tmp_path):
+    teacher = make_teacher()
+    teacher.module[0].weight.fill_(torch.nan)
+    with pytest.raises(RunError, match="the teacher small gives tokens that are not finite"):
+        _pretrain(photos, tmp_path / "run", teacher)
+
+
+def test_a_run_without_one_step_is_a_failure(photos, tmp_path):
+    teacher = make_teacher()
+    teacher.module[0].weight.fill_(torch.nan)
+    with pytest.raises(RunError, match="not one of the 2 steps could be made"):
+        _pretrain(photos, tmp_path / "run", teacher, max_steps=2)
+    assert not (tmp_path / "run" / "student").exists()
 
 
 def test_unusable_images_are_listed_and_count_nothing(photos, tmp_path):
@@ -329,6 +398,8 @@ def test_a_ranking_means_its_winner_with_a_remark_where_it_is_not_certified(
     class Found:
         best = parse_specs(["hog"])[0]
         certified = False
+        certificate: ClassVar = {"best_certified": False}
+        teachers = ("hog", "pixels")
 
         def remarks(self):
             return ["hog and pixels are tied"]
@@ -345,6 +416,9 @@ def test_a_ranking_means_its_winner_with_a_remark_where_it_is_not_certified(
         assert "not certified" in said
         assert "hog and pixels are tied" in said
     assert len(asked) == 2
+    Found.certificate = {"best_certified": True}
+    _pretrain(photos, tmp_path / "run2", ranked, max_steps=1)
+    assert "winner is certified, the order of its other teachers is not" in capfd.readouterr().err
     with pytest.raises(UsageError, match=r"a folder without ranking.json"):
         _pretrain(photos, tmp_path / "other", str(tmp_path))
 

@@ -1,6 +1,8 @@
 """The command line as its users meet it: files, exit codes, and one line for each mistake."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +23,7 @@ from fakes import (
 from PIL import Image
 from typer.testing import CliRunner
 
+import tokdiv
 from tokdiv import cli
 
 COUNT = 150
@@ -278,6 +281,28 @@ class TestMapsAndDepth:
         assert (code, err) == (0, "")
         assert said.split()[:3] == ["teacher", "block", "norm"]
         assert said.strip().splitlines()[-1] == f"figure: {out / 'depth.png'}"
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")],
+)
+def test_a_signal_outside_of_the_measuring_ends_with_its_code(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+    code: int,
+    said: str,
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(tokdiv, "rank", lambda *a, **k: os.kill(os.getpid(), number))
+    try:
+        ended, _, err = call(capsys, "rank", "photos", "-t", "pixels", "-o", "RUN")
+    except SystemExit as error:
+        ended, err = error.code, capsys.readouterr().err
+    assert ended == code
+    assert_one_line(err, said)
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 class TestHelp:

@@ -319,6 +319,14 @@ class TestDiversityAccuracyFigure:
         boxes = [Text.get_window_extent(label, renderer) for label in labels]
         assert len(boxes) == 10
         assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[i + 1 :])
+        # Nor does a line that leads to a label cross another one.
+        leaders = [a for a in figure.axes[0].findobj(Annotation) if not a.get_text()]
+        to_pixels = figure.axes[0].transData.transform
+        for leader in leaders:
+            begin, end = to_pixels(leader.xy), to_pixels(leader.xyann)
+            line = np.linspace(begin, end, 200)[:-10]
+            crossed = [box for box in boxes if any(box.contains(x, y) for x, y in line)]
+            assert not crossed
 
     def test_marks_baselines_and_leaves_out_rows_without_values(self) -> None:
         table = self.table(3)

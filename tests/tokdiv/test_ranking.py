@@ -163,6 +163,7 @@ def change(key: str, value: object) -> Callable[[dict], dict]:
     [
         (change("schema_version", 99), "has schema version 99, expected 1"),
         (change("teachers", [{"name": "x"}]), "is no ranking of tokdiv"),
+        (change("best", "nobody"), "its best, 'nobody', is none of its teachers"),
         (lambda content: {}, "is no ranking of tokdiv"),
         (lambda content: [], "is no ranking of tokdiv"),
     ],
@@ -185,6 +186,42 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UsageError, match="not finished"):
         tokdiv.load_ranking(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UsageError, match="a run of img2vec pretrain, no ranking"):
+        tokdiv.load_ranking(tmp_path)
+
+
+def test_how_fast_it_was_is_known_afterwards(run: Path, tmp_path: Path) -> None:
+    names = {"x", "y", "z", "hog", "pixels"}
+    rates = tokdiv.load_ranking(run).rates
+    assert set(rates) == names and all(rate > 0 for rate in rates.values())
+    # Repeated, nothing is measured any more; what is added has a rate of its own.
+    teachers = [coded_teacher(name, column) for name, column in zip("xyz", COLUMNS)]
+    again = tokdiv.rank(run.parent / "images.tar", [*teachers, "hog", "pixels"], run, **TINY)
+    assert again.rates == tokdiv.load_ranking(run).rates == rates
+    # The hand-over alone does not tell.
+    (tmp_path / "ranking.json").write_bytes((run / "ranking.json").read_bytes())
+    assert tokdiv.load_ranking(tmp_path).rates == {}
+
+
+def test_one_teacher_has_no_order(run: Path) -> None:
+    data = run.parent / "images.tar"
+    alone = tokdiv.rank(data, [coded_teacher("x", COLUMNS[0])], **TINY)
+    assert alone.verdict() == "Measured on 200 of 200 images, scored in float32."
+
+
+def test_what_unusable_images_leave_open_no_further_image_decides(run: Path) -> None:
+    data = run.parent / "images.tar"
+    twins = [coded_teacher(name, COLUMNS[0]) for name in "ab"]
+    ranking = tokdiv.rank(data, twins, certify="none", **TINY)
+    assert ranking.pair("a", "b")["state"] == "open"
+    assert any("no image is left" in remark for remark in ranking.remarks())
+
+
+def test_teachers_of_ones_own_are_said_to_need_their_code(run: Path) -> None:
+    remarks = tokdiv.load_ranking(run).remarks()
+    said = "is made by code of your own: it cannot be loaded again without that code."
+    assert [remark for remark in remarks if said in remark] == [f"{name} {said}" for name in "xyz"]
 
 
 def test_what_beats_a_winner_beats_whom_it_beat() -> None:

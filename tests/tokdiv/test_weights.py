@@ -450,6 +450,8 @@ def test_a_truncated_file_is_refused(tmp_path: Path, suffix: str, share: float):
             "is a Git LFS pointer, not a checkpoint: fetch it with git lfs pull",
         ),
         (b"just some text", "is truncated or no"),
+        (b"abc", "is truncated or no"),
+        (bytes(range(200, 0, -2)), "is truncated or no"),
         (bytes(1000), "is truncated or no"),
     ],
 )
