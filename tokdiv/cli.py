@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tokdiv import __version__
-from tokdiv.errors import Interrupted, RunError, SharedError, UsageError
+from tokdiv.errors import Interrupted, LostPeer, RunError, SharedError, UsageError
 
 if TYPE_CHECKING:
     from tokdiv.ranking import Ranking
@@ -358,6 +358,10 @@ def _run(application: typer.Typer) -> int:
         return code if isinstance(code, int) else 0
     except UsageError as error:
         return _fail(error, 2, shared=True)
+    except LostPeer as error:
+        from tokdiv.dist import first_to_report
+
+        return _fail(error, 1) if first_to_report() else 1
     except SharedError as error:
         return _fail(error, 1, shared=True)
     except RunError as error:

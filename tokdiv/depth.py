@@ -2,13 +2,16 @@
 
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import timm
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from tokdiv.certify import confidence_sequence
@@ -17,7 +20,7 @@ from tokdiv.dist import choose_device, choose_dtype
 from tokdiv.errors import RunError, UsageError
 from tokdiv.measure import Settings
 from tokdiv.plots import depth_figure, save_figure
-from tokdiv.scores import write_whole
+from tokdiv.scores import write_skipped, write_whole
 from tokdiv.similarity import token_similarity
 from tokdiv.spec import TeacherSpec
 from tokdiv.teacher import Teacher, load_teachers
@@ -40,8 +43,8 @@ def measure_depth(
 ) -> pd.DataFrame:
     """Measure the token similarity of every block of each teacher, from one forward pass.
 
-    Writes depth.csv, depth.json, depth.png and depth.svg into `out`. A block's output is taken as it is; where the
-    teacher has a final norm, a last row gives its last block after it, as `rank` takes it.
+    Writes depth.csv, depth.json, depth.png, depth.svg and skipped.csv into `out`. A block's output is taken
+    as it is; where the teacher has a final norm, a last row gives its last block after it, as `rank` takes it.
 
     Returns:
         One row per teacher and block: teacher, block (zero-based, as `:blocks=N` takes it), norm,
@@ -62,17 +65,17 @@ def measure_depth(
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"-o {folder}: is a file; give a folder")
+    place = choose_device(device)
+    source = open_source(data)
+    loaded = load_teachers(teachers, image_size=image_size)
+    for teacher in loaded:
+        teacher.prepare(place, choose_dtype(dtype, place))
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(
             f"-o {folder}: cannot be written to ({error.strerror}); give another folder"
         ) from None
-    place = choose_device(device)
-    source = open_source(data)
-    loaded = load_teachers(teachers, image_size=image_size)
-    for teacher in loaded:
-        teacher.prepare(place, choose_dtype(dtype, place))
     count = min(max_images or source.count or 1000, source.count or max_images or 1000)
     order = permutation(source.count, seed) if source.permutable and source.count else None
     blocks = [
@@ -88,22 +91,29 @@ def measure_depth(
         workers=workers or os.cpu_count() or 1,
         seed=seed,
     )
+    usable: list[np.ndarray] = []
+    skipped: list[tuple[str, str]] = []
     with tqdm(total=count, unit="image", disable=None) as bar:
         for batch in batches:
-            for teacher in loaded:
-                if batch.usable.any():
-                    views = batch.views[teacher.size].to(place)
-                    found, shapes[teacher.name] = _block_scores(teacher, views)
-                    scores[teacher.name].append(found)
+            usable.append(batch.usable)
+            keys = [key for key, good in zip(batch.keys, batch.usable) if good]
+            for teacher in loaded if keys else ():
+                views = batch.views[teacher.size].to(place)
+                found, shapes[teacher.name] = _block_scores(teacher, views, keys)
+                scores[teacher.name].append(found)
+            skipped += [(k, reason) for k, reason in zip(batch.keys, batch.reasons) if reason]
             bar.update(len(batch))
     if not shapes:
-        raise RunError(f"none of the {count:,} images of '{source.name}' could be used")
+        first = f" (the first: '{skipped[0][0]}': {skipped[0][1]})" if skipped else ""
+        raise RunError(f"none of the {count:,} images of '{source.name}' could be used{first}")
     rows = []
     for teacher in loaded:
-        rows += _rows(
-            teacher, np.concatenate(scores[teacher.name]), shapes[teacher.name], source.count
-        )
+        # A row per image in the order measured; NaN where it could not be used.
+        whole = np.full((sum(map(len, usable)), len(shapes[teacher.name])), np.nan)
+        whole[np.concatenate(usable)] = np.concatenate(scores[teacher.name])
+        rows += _rows(teacher, whole, shapes[teacher.name], source.count)
     table = pd.DataFrame(rows)
+    write_skipped(folder / "skipped.csv", skipped)
     write_whole(folder / "depth.csv", table.to_csv(index=False))
     content = {
         "schema_version": 1,
@@ -121,18 +131,26 @@ def measure_depth(
     figure = depth_figure(curves)
     for suffix in ("png", "svg"):
         save_figure(figure, folder / f"depth.{suffix}")
+    if skipped:
+        print(
+            f"warning: unusable images skipped: {len(skipped):,} (see {folder / 'skipped.csv'})",
+            file=sys.stderr,
+        )
     return table
 
 
 def _block_scores(
-    teacher: Teacher, views: torch.Tensor
+    teacher: Teacher, views: torch.Tensor, keys: list[str]
 ) -> tuple[np.ndarray, list[tuple[int, int]]]:
     """(B, blocks) scores, the last column after the final norm where there is one; (K, C) of each."""
     with torch.inference_mode():
         tokens = teacher.blocks(views)
         if teacher.spec.norm:
             norm = teacher.module.norm
-            tokens.append(norm(tokens[-1].float()))  # type: ignore[operator]
+            if type(norm) in (nn.LayerNorm, timm.layers.LayerNorm):
+                tokens.append(norm(tokens[-1].float()))  # type: ignore[operator]
+            else:  # a norm of feature maps: the network knows how it is applied
+                tokens.append(teacher(views))
         single = [block.shape[1] < 2 for block in tokens]
         if any(single):
             raise UsageError(
@@ -140,8 +158,10 @@ def _block_scores(
             )
         found = torch.stack([token_similarity(block) for block in tokens], dim=1).cpu().numpy()
     if np.isnan(found).any():
-        block = int(np.isnan(found).any(axis=0).argmax())
-        raise RunError(f"{teacher.name} gives NaN tokens at block {block}: its weights are damaged")
+        row, block = (int(n) for n in np.argwhere(np.isnan(found))[0])
+        raise RunError(
+            f"{teacher.name} gives NaN tokens at block {block} for '{keys[row]}': its weights are damaged"
+        )
     return found, [(block.shape[1], block.shape[2]) for block in tokens]
 
 
@@ -151,7 +171,7 @@ def _rows(
     alpha = (1 - CONFIDENCE) / scores.shape[1]
     rows = []
     for n, (K, C) in enumerate(shapes):
-        x = scores[:, n].astype(np.float64)
+        x = scores[:, n]
         bounds = confidence_sequence(
             x, population, alpha, lower=-1 / (K - 1), upper=1.0, times=np.array([len(x)])
         )
@@ -163,10 +183,10 @@ def _rows(
                 "norm": normed,
                 "num_tokens": K,
                 "dim": C,
-                "mean_similarity": float(x.mean()),
+                "mean_similarity": float(np.nanmean(x)),
                 "ci_low": float(bounds.low[-1]),
                 "ci_high": float(bounds.high[-1]),
-                "images": len(x),
+                "images": int((~np.isnan(x)).sum()),
             }
         )
     return rows

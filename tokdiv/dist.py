@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as distributed
 
-from tokdiv.errors import SharedError, UsageError
+from tokdiv.errors import LostPeer, UsageError
 from tokdiv.memory import freed_memory_kept
 
 
@@ -52,9 +52,25 @@ def _peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise SharedError(
+        raise LostPeer(
             "another process of this run ended; what was saved is whole: the same command goes on from there"
         ) from error
+
+
+def first_to_report() -> bool:
+    """Whether none of the other processes that are left has asked this before; rank 0 where nobody counts."""
+    try:
+        # torchrun itself keeps this store, so that it outlives the processes.
+        store = distributed.TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            timeout=timedelta(seconds=5),
+        )
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return store.add(f"tokdiv/lost-peer-{attempt}", 1) == 1
+    except (RuntimeError, KeyError, ValueError):
+        return int(os.environ.get("RANK", 0)) == 0
 
 
 @contextmanager
@@ -94,6 +110,8 @@ def choose_device(device: str = "auto") -> torch.device:
         )
     except RuntimeError:
         raise UsageError(f"--device {device}: expected auto, cpu, cuda, cuda:N or mps") from None
+    if chosen.type not in ("cpu", "cuda", "mps"):
+        raise UsageError(f"--device {device}: expected auto, cpu, cuda, cuda:N or mps")
     if chosen.type == "cuda":
         if not torch.cuda.is_available():
             raise UsageError(f"--device {device}: torch sees no CUDA device here; use --device cpu")

@@ -16,6 +16,10 @@ class SharedError(RunError):
     """A failure that every process of a run comes to know; the first of them reports it."""
 
 
+class LostPeer(SharedError):
+    """Another process of the run ended; the first of those that are left reports it."""
+
+
 class Interrupted(Exception):
     """SIGINT or SIGTERM came; the state is stored. `signal` is its number; the exit code is 128 more."""
 

@@ -1,5 +1,6 @@
 """Similarity maps: the cosine of every token to one query token (Figure 3 of arXiv 2304.12535)."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from tokdiv.data import UnusableImage, centre_view, decode_image
 from tokdiv.dist import choose_device, choose_dtype
-from tokdiv.errors import UsageError
+from tokdiv.errors import RunError, UsageError
 from tokdiv.plots import maps_figure, save_figure
 from tokdiv.similarity import cosine_map, token_similarity
 from tokdiv.spec import TeacherSpec
@@ -40,6 +41,7 @@ def draw_maps(
 
     Raises:
         UsageError: a file that is no image, a teacher that cannot be loaded, an unknown suffix.
+        RunError: a teacher that yields NaN.
     """
     if Path(out).suffix.lower() not in (".png", ".svg", ".pdf"):
         raise UsageError(f"-o {out}: expected a name that ends in .png, .svg or .pdf")
@@ -57,6 +59,12 @@ def draw_maps(
     for teacher in loaded:
         teacher.prepare(place, choose_dtype(dtype, place))
     found = measure_maps(pictures, loaded, place, query or CENTRE)
+    for image, similarities in zip(images, found.similarities):
+        for teacher, similarity in zip(loaded, similarities):
+            if math.isnan(similarity):
+                raise RunError(
+                    f"{teacher.name} gives NaN tokens for '{image}': its weights are damaged"
+                )
     figure = maps_figure(
         found.views,
         [t.name for t in loaded],

@@ -7,6 +7,7 @@ with p % world == r; rank 0 gathers the scores, judges them at fixed image count
 the others how to go on, so that all of them stop at the same image whatever their number and batch size.
 """
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -15,7 +16,6 @@ import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -79,6 +79,9 @@ class Settings:
                 raise UsageError(
                     f"{name} = {getattr(self, name)!r}: expected one of {', '.join(allowed)}"
                 )
+        for name in ("confidence", "tie"):
+            if not isinstance(getattr(self, name), (int, float)):
+                raise UsageError(f"{name} = {getattr(self, name)!r}: expected a number")
         if not 0.5 < self.confidence < 1:
             raise UsageError(
                 f"confidence = {self.confidence}: expected a number between 0.5 and 1, as 0.99"
@@ -92,10 +95,11 @@ class Settings:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 auto = " or 'auto'" if name == "batch_size" else ""
                 raise UsageError(f"{name} = {value!r}: expected 1 or more{auto}")
-        if self.seed < 0:
-            raise UsageError(f"seed = {self.seed}: expected 0 or more")
-        if isinstance(self.image_size, int) and self.image_size < 1:
-            raise UsageError(f"image_size = {self.image_size}: expected pixels, or 'native'")
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise UsageError(f"seed = {self.seed!r}: expected 0 or more")
+        size = self.image_size
+        if size not in (None, "native") and not (isinstance(size, int) and size >= 1):
+            raise UsageError(f"image_size = {size!r}: expected pixels, or 'native'")
 
 
 def rank(
@@ -127,11 +131,13 @@ def rank(
     if unknown:
         raise UsageError(f"rank() takes no setting '{unknown.pop()}'")
     chosen = Settings(**settings)
-    with processes(chosen.device) as group, _interruptible() as interruption:
+    with (
+        processes(chosen.device) as group,
+        _interruptible() as interruption,
+        contextlib.ExitStack() as stack,
+    ):
         source = open_source(os.fspath(data))
         warned = _warn(source.warnings, group)
-        if out and Path(data).is_dir() and Path(out).resolve().is_relative_to(Path(data).resolve()):
-            _warn([f"-o {out} lies inside DATA: its pictures are images of the next run"], group)
         chosen = dataclasses.replace(chosen, dtype=choose_dtype(chosen.dtype, group.device))  # type: ignore[arg-type]
         images = expected_images(source.count, chosen.max_images, chosen.certify)
         share = None if images is None else -(-images // group.world)  # of this process
@@ -150,7 +156,8 @@ def rank(
                     chosen = dataclasses.replace(
                         chosen, batch_size=stored_batch_size(out) or "auto"
                     )
-                folder = open_run(out, source, chosen, [t.spec for t in loaded], resume)
+                run = open_run(out, source, chosen, [t.spec for t in loaded], resume)
+                folder = stack.enter_context(run)
             table = ScoreTable([t.name for t in loaded], key_of, folder)
             if folder is not None:
                 table.load()
@@ -668,7 +675,7 @@ class _Interruption:
     number: int = 0
 
 
-@contextmanager
+@contextlib.contextmanager
 def _interruptible() -> Iterator[_Interruption]:
     """Note SIGINT and SIGTERM instead of dying of them; a second SIGINT ends at once."""
     interruption = _Interruption()

@@ -4,16 +4,15 @@ RUN/ranking.json is the contract with everything behind it (the report, `img2vec
 needed to load each teacher again, with the sha256 of its weights.
 """
 
-import csv
+import contextlib
 import dataclasses
 import errno
-import io
 import itertools
 import json
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
@@ -22,11 +21,12 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
 
 from tokdiv import __version__
 from tokdiv.certify import Certificate, confidence_sequence
 from tokdiv.errors import RunError, UsageError
-from tokdiv.scores import CHUNK, ScoreTable, write_whole
+from tokdiv.scores import CHUNK, ScoreTable, write_skipped, write_whole
 from tokdiv.spec import CUSTOM, TeacherSpec
 
 if TYPE_CHECKING:
@@ -167,6 +167,14 @@ class Ranking:
         pairs = self.certificate["pairs"]
         return _consequences({(p["first"], p["second"]) for p in pairs if p["state"] == "decided"})
 
+    def _contenders(self) -> set[str]:
+        """Who may win and is not certified to stand below another one that may."""
+        eligible = eligible_teachers(
+            [t.spec for t in self.teachers], self.settings["allow_baselines"]
+        )
+        names = {self.teachers[n].name for n in eligible}
+        return names - {worse for better, worse in self.decided() if better in names}
+
     def order_by(self, column: str) -> list[str]:
         """The trained teachers by another measure, most diverse first; those without it left out.
 
@@ -184,7 +192,7 @@ class Ranking:
             f"{'Winner' if of_best else 'Order'} {'certified' if certified else 'not certified'}"
         )
         seen, count = self.data["images"], self.data["count"]
-        images = f"{seen:,} of {count if count is None else format(count, ',')} images"
+        images = f"{seen:,} images" if count is None else f"{seen:,} of {count:,} images"
         if len(self.teachers) < 2:
             return f"Measured on {images}, scored in {self._dtypes()}."
         return (
@@ -235,9 +243,11 @@ class Ranking:
             remarks.append(
                 "One teacher alone: it was measured, with an interval; there is nothing to order."
             )
-        wanted = self.settings["certify"] != "best" or not certificate["best_certified"]
+        names = {teacher.name for teacher in self.teachers}
+        if self.settings["certify"] == "best":
+            names = set() if certificate["best_certified"] else self._contenders()
         for pair in certificate["pairs"]:
-            if pair["state"] == "open" and wanted:
+            if pair["state"] == "open" and {pair["first"], pair["second"]} <= names:
                 more = pair["more_images"]
                 if self.data["images"] == self.data["count"]:
                     about = "no image is left: those that could not be used keep it open"
@@ -285,11 +295,8 @@ class Ranking:
         """
         columns = {teacher.name: table.teachers.index(teacher.name) for teacher in self.teachers}
         write_whole(folder / "scores.parquet", lambda file: _write_scores(file, table, columns))
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["key", "reason"])
-        writer.writerows((table.key(p), reason) for p, reason in sorted(table.reasons.items()))
-        write_whole(folder / "skipped.csv", text.getvalue())
+        skipped = ((table.key(p), reason) for p, reason in sorted(table.reasons.items()))
+        write_skipped(folder / "skipped.csv", skipped)
         write_whole(folder / "ranking.csv", self.table.to_csv(index=False))
         # The hand-over goes last: where it is, everything else is there too.
         write_whole(folder / "ranking.json", json.dumps(self.to_dict(), indent=2) + "\n")
@@ -479,26 +486,29 @@ def _named(
     return content
 
 
+@contextlib.contextmanager
 def open_run(
     out: str | os.PathLike[str],
     source: "Source",
     settings: "Settings",
     specs: Sequence[TeacherSpec],
     resume: bool,
-) -> Path:
-    """Make the folder RUN or find it fit to be gone on with; returns the folder of its state.
+) -> Iterator[Path]:
+    """Make the folder RUN or find it fit to be gone on with; gives the folder of its state, this process's alone.
 
     Raises:
         UsageError: it holds something else, or a run of other settings, data or weights, or cannot be
-            written to.
+            written to, or another process writes to it.
     """
     folder = Path(out)
+    lock = FileLock(folder / "state" / ".lock", timeout=0)
     try:
         if folder.exists() and not folder.is_dir():
             raise UsageError(f"-o {folder}: is a file; give a folder")
         config = folder / "config.json"
-        # A run killed at its very start leaves no more than an unfinished config.
-        if folder.is_dir() and any(f.name != ".config.json.part" for f in folder.iterdir()):
+        # A run killed at its very start leaves no more than these.
+        begun = {".config.json.part", "state"}
+        if folder.is_dir() and any(f.name not in begun for f in folder.iterdir()):
             if not config.is_file():
                 raise UsageError(
                     f"-o {folder}: the folder is not empty and holds no run; give another one"
@@ -506,18 +516,28 @@ def open_run(
             if resume:
                 _check_same(_old_config(config), folder, source, settings, specs)
             else:
+                if (folder / "state").is_dir():
+                    with lock:
+                        pass  # nobody else writes to it
                 folder.rename(_free_backup(folder))
-        folder.mkdir(parents=True, exist_ok=True)
+        state = folder / "state"
+        state.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        write_config(folder, source, settings, specs)
-        state = folder / "state"
-        state.mkdir(exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise UsageError(
+            f"-o {folder}: another process is writing to it; wait for it, or give another folder"
+        ) from None
     except OSError as error:
         raise UsageError(
             f"-o {folder}: cannot be written to ({error.strerror}); give another folder"
         ) from None
-    return state
+    try:
+        write_config(folder, source, settings, specs)
+        yield state
+    finally:
+        lock.release()
 
 
 def write_config(

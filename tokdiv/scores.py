@@ -8,11 +8,12 @@ progress are not counted.
 """
 
 import contextlib
+import csv
 import errno
 import io
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -175,8 +176,8 @@ class ScoreTable:
         """Take up what `save` stored, for those of its teachers that are among this table's.
 
         A damaged chunk, which a power cut can leave on a disk that does not keep its promises, ends the
-        measured stretch before it: its images are measured again. So are all where the mean tokens hold
-        some of them, as a sum cannot be taken apart.
+        measured stretch before it, and one with too few rows ends it there: what is missing is measured
+        again. So are all images where the mean tokens hold some of these, as a sum cannot be taken apart.
         """
         assert self.folder is not None, "a table in memory has nothing to load"
         path = self.folder / "progress.safetensors"
@@ -190,8 +191,10 @@ class ScoreTable:
             return
         end = max(stored["measured"].values(), default=0)
         for number in range(-(-end // CHUNK)):
-            if not self._load_chunk(number):
-                end = number * CHUNK
+            start = number * CHUNK
+            rows = self._load_chunk(number)
+            if start + rows < min(start + CHUNK, end):
+                end = start + rows
                 break
         whole = end == max(stored["measured"].values(), default=0)
         if end - self.unusable(end) < max(stored["usable"].values(), default=0):
@@ -206,13 +209,14 @@ class ScoreTable:
         progress.finished = stored["finished"] if whole else None
         self.reasons = {p: r for p, r in self.reasons.items() if p < end}
 
-    def _load_chunk(self, number: int) -> bool:
+    def _load_chunk(self, number: int) -> int:
+        """Take up a stored chunk; returns how many rows it holds, 0 where it is damaged."""
         assert self.folder is not None
         try:
             path = self.folder / f"scores-{number:05d}.parquet"
             table = pq.read_table(path, page_checksum_verification=True)
         except (OSError, pa.ArrowException):
-            return False
+            return 0
         columns = [
             n
             for n, name in enumerate(self.teachers)
@@ -231,7 +235,7 @@ class ScoreTable:
             scores,
         )
         self._changed.discard(number)
-        return True
+        return len(table)
 
     def _parquet(self, number: int) -> bytes:
         start = number * CHUNK
@@ -249,6 +253,15 @@ class ScoreTable:
         buffer = io.BytesIO()
         pq.write_table(pa.table(columns), buffer, write_page_checksum=True)
         return buffer.getvalue()
+
+
+def write_skipped(path: Path, skipped: Iterable[tuple[str, str]]) -> None:
+    """Write skipped.csv: the keys of images that could not be used, and why."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["key", "reason"])
+    writer.writerows(skipped)
+    write_whole(path, text.getvalue())
 
 
 def write_whole(path: Path, data: bytes | str | Callable[[BinaryIO], None]) -> None:

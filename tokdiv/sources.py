@@ -140,6 +140,7 @@ def _walk(root: str, others: Counter[str]) -> Iterator[tuple[str, int]]:
 
     Links are followed, but not to a folder that one is in already. A link to nothing is given,
     with size -1, so that it shows up among the unusable images. `others` counts what is no image.
+    The pictures of a ranking or a pretraining that lies in here are none of the data.
     """
 
     def entries_of(folder: str) -> list[tuple[str, os.DirEntry[str], bool]]:
@@ -162,8 +163,9 @@ def _walk(root: str, others: Counter[str]) -> Iterator[tuple[str, int]]:
             if is_folder:
                 try:
                     inside = identity(entry.path)
-                    if inside not in above:
-                        stack.append((prefix + name + "/", iter(entries_of(entry.path))))
+                    below = entries_of(entry.path) if inside not in above else []
+                    if inside not in above and not _is_run({name for name, _, _ in below}):
+                        stack.append((prefix + name + "/", iter(below)))
                         above.append(inside)
                 except OSError as error:
                     raise UsageError(
@@ -183,6 +185,11 @@ def _walk(root: str, others: Counter[str]) -> Iterator[tuple[str, int]]:
         else:
             stack.pop()
             above.pop()
+
+
+def _is_run(names: set[str]) -> bool:
+    """Whether a folder of such files is a RUN of `tokdiv rank` or an OUT of `img2vec pretrain`."""
+    return "config.json" in names and bool(names & {"state", "ranking.json", "checkpoints"})
 
 
 def class_folders(paths: list[str]) -> tuple[np.ndarray | None, list[str] | None]:

@@ -203,6 +203,10 @@ class Teacher(nn.Module):
             raise UsageError(
                 f"{self.name} cannot take images of {self.size} px: {reason}"
             ) from error
+        if isinstance(output, Tensor) and not output.is_floating_point():
+            raise UsageError(
+                f"{self.name} returned tokens of {output.dtype}: expected floating point"
+            )
         if isinstance(output, Tensor) and output.ndim == 4 and len(output) == 1:
             return (output.shape[2], output.shape[3]), output.shape[1]
         if isinstance(output, Tensor) and output.ndim == 3 and len(output) == 1:
@@ -326,7 +330,7 @@ def teacher_from_file(reference: str) -> Teacher:
         teacher = make()
     except UsageError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         reason = (str(error).strip() or "no message").splitlines()[0]
         raise UsageError(
             f"--teacher-module {reference} raised {type(error).__name__}: {reason}"

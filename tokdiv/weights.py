@@ -56,12 +56,12 @@ def weights_file(source: str, sha256: str | None = None) -> tuple[Path, str]:
     else:
         path = cached_path(source)
         recorded = path.with_name(path.name + ".sha256")
+        if sha256 is None and recorded.is_file():
+            sha256 = recorded.read_text().strip()
         if not path.is_file() and source.startswith("hf-hub:"):
             path = in_hub_cache(source) or _download_from_hub(source)
         elif not path.is_file():
             _download(source, path, sha256)
-        if sha256 is None and recorded.is_file():
-            sha256 = recorded.read_text().strip()
     digest = _sha256(path)
     if sha256 is not None and digest != sha256.lower():
         kind = RunError if remote else UsageError
@@ -95,12 +95,15 @@ def _download(url: str, path: Path, sha256: str | None) -> None:
                     raise RunError(
                         f"{url} answered with a web page, not a checkpoint: {_by_hand(url, path)}"
                     )
+                recorded = path.with_name(path.name + ".sha256")
                 if sha256 is not None and digest != sha256.lower():
+                    accept = f"; to accept it, delete '{recorded}'" if recorded.is_file() else ""
                     raise RunError(
-                        f"{url} has sha256 {digest}, expected {sha256}: a damaged or exchanged file; not used"
+                        f"{url} has sha256 {digest}, expected {sha256}: a damaged or exchanged file; not "
+                        f"used{accept}"
                     )
                 if sha256 is None:
-                    path.with_name(path.name + ".sha256").write_text(digest + "\n")
+                    recorded.write_text(digest + "\n")
                     print(
                         f"{path.name}: recorded sha256 {digest} at first download", file=sys.stderr
                     )
@@ -185,9 +188,10 @@ def _reason(error: BaseException) -> str:
 
 
 def _is_web_page(path: Path) -> bool:
+    """Whether it is HTML, XML, JSON or nothing at all, as servers answer in place of a file."""
     with path.open("rb") as file:
-        head = file.read(512).lstrip().lower()
-    return head.startswith((b"<!doctype", b"<html", b"<?xml"))
+        head = file.read(512).removeprefix(b"\xef\xbb\xbf").lstrip()
+    return not head or (head.startswith((b"<", b"{", b"[")) and b"\0" not in head)
 
 
 def read_checkpoint(path: Path) -> Any:
@@ -198,17 +202,19 @@ def read_checkpoint(path: Path) -> Any:
     """
     with path.open("rb") as file:
         head = file.read(512)
+    again = "; delete it to fetch it again" if path.parent == cache_folder() else ""
     if not head:
-        raise UsageError(f"'{path}' is empty: expected a checkpoint (.pth, .pt or .safetensors)")
+        raise UsageError(
+            f"'{path}' is empty: expected a checkpoint (.pth, .pt or .safetensors){again}"
+        )
     if _is_web_page(path):
         raise UsageError(
-            f"'{path}' is a web page, not a checkpoint: the download got an error page"
+            f"'{path}' is a web page, not a checkpoint: the download got an error page{again}"
         )
     if head.startswith(b"version https://git-lfs"):
         raise UsageError(
             f"'{path}' is a Git LFS pointer, not a checkpoint: fetch it with git lfs pull"
         )
-    again = "; delete it to fetch it again" if path.parent == cache_folder() else ""
     if path.suffix == ".safetensors" or head[8:9] == b"{":
         import safetensors.torch
 
@@ -301,7 +307,9 @@ def unwrap(checkpoint: Any, expected: set[str], path: Path) -> StateDict:
             break
         inner = inner[name]
     tensors = (
-        {k: v for k, v in inner.items() if isinstance(v, Tensor)} if isinstance(inner, dict) else {}
+        {k: v for k, v in inner.items() if isinstance(k, str) and isinstance(v, Tensor)}
+        if isinstance(inner, dict)
+        else {}
     )
     if not tensors:
         kind = (

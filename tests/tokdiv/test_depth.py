@@ -81,6 +81,29 @@ def test_intervals_hold_the_mean_and_count_usable_images(run: tuple[Path, pd.Dat
     assert (table["mean_similarity"] <= table["ci_high"]).all()
 
 
+def test_a_norm_of_feature_maps_is_applied_as_the_network_does(
+    images: Path, tmp_path: Path
+) -> None:
+    spec = "timm:resnetv2_50@random"
+    table = measure_depth(str(images), [f"r={spec}"], tmp_path, max_images=4, **TINY)
+    ranking = tokdiv.rank(images, [f"r={spec}"], certify="none", max_images=4, **TINY)
+    expected = ranking["r"].mean_similarity
+    assert value(table, "r", 4, norm=True) == pytest.approx(expected, abs=1e-5)
+    assert value(table, "r", 4) != pytest.approx(expected, abs=1e-3)
+
+
+def test_unusable_images_are_listed(run: tuple[Path, pd.DataFrame]) -> None:
+    lines = (run[0] / "skipped.csv").read_text().splitlines()
+    assert lines[0] == "key,reason" and len(lines) == 2 and lines[1].startswith("text.jpg,")
+
+
+def test_a_teacher_of_nan_is_named_with_the_image(images: Path, tmp_path: Path) -> None:
+    teacher = tokdiv.load_teacher("broken=timm:test_vit@random", image_size=64)
+    next(teacher.module.blocks[1].parameters()).fill_(np.nan)
+    with pytest.raises(RunError, match=r"broken gives NaN tokens at block 1 for '\d\d.png'"):
+        measure_depth(str(images), [teacher], tmp_path, **TINY)
+
+
 def test_files_hold_the_table(run: tuple[Path, pd.DataFrame]) -> None:
     out, table = run
     pd.testing.assert_frame_equal(pd.read_csv(out / "depth.csv"), table, check_dtype=False)

@@ -95,11 +95,12 @@ def test_they_stop_at_the_same_image_and_drop_at_the_same(coded: Path, tmp_path:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
 def test_a_process_that_dies_ends_the_run_which_one_process_then_resumes(
-    coded: Path, tmp_path: Path
+    coded: Path, tmp_path: Path, victim: int
 ) -> None:
     out = tmp_path / "many"
-    own = teacher_file(tmp_path / "own.py", COLUMN, kill_after=200, of_process=1)
+    own = teacher_file(tmp_path / "own.py", COLUMN, kill_after=200, of_process=victim)
     arguments = ["rank", coded, "-t", "pixels", "--teacher-module", own, "--certify", "none"]
     arguments += ["--batch-size", 10, *OPTIONS, "-o", out]
     result = run_tokdiv(*arguments, processes=2)

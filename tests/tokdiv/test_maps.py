@@ -11,7 +11,7 @@ from PIL import Image
 import tokdiv
 import tokdiv.maps
 from tokdiv.data import centre_view, decode_image
-from tokdiv.errors import UsageError
+from tokdiv.errors import RunError, UsageError
 from tokdiv.maps import draw_maps
 
 TEACHERS = ["pixels", "timm:test_vit@random", "fine=pixels:size=128"]
@@ -122,6 +122,14 @@ def test_a_picture_that_cannot_be_written_is_a_mistake(
 ) -> None:
     with pytest.raises(UsageError, match=said):
         draw_maps(images, ["pixels"], tmp_path / out, image_size=64)
+
+
+def test_a_teacher_of_nan_is_named_with_the_image(images: list[Path], tmp_path: Path) -> None:
+    teacher = tokdiv.load_teacher("broken=timm:test_vit@random", image_size=64)
+    next(teacher.module.parameters()).fill_(np.nan)
+    with pytest.raises(RunError, match=r"broken gives NaN tokens for '.*0.png'"):
+        draw_maps(images, ["pixels", teacher], tmp_path / "o.png", image_size=64)
+    assert not (tmp_path / "o.png").exists()
 
 
 def test_one_token_has_no_other_to_compare(images: list[Path], tmp_path: Path) -> None:

@@ -128,7 +128,8 @@ def test_config_tells_of_how_many_processes_it_was(
     assert json.loads((run / "config.json").read_text())["world"] == 1
     monkeypatch.setenv("WORLD_SIZE", "3")
     source = tokdiv.data.open_source(str(run.parent / "images.tar"))
-    open_run(tmp_path / "RUN", source, Settings(), [tokdiv.TeacherSpec("x", "hog")], True)
+    with open_run(tmp_path / "RUN", source, Settings(), [tokdiv.TeacherSpec("x", "hog")], True):
+        pass
     assert json.loads((tmp_path / "RUN" / "config.json").read_text())["world"] == 3
 
 
@@ -141,6 +142,21 @@ def test_the_batch_size_of_a_run(
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert stored_batch_size(tmp_path) == expected
     assert stored_batch_size(tmp_path / "gone") is None
+
+
+def test_a_run_has_one_writer_at_a_time(run: Path, tmp_path: Path) -> None:
+    source = tokdiv.data.open_source(str(run.parent / "images.tar"))
+    arguments = (tmp_path / "RUN", source, Settings(), [tokdiv.TeacherSpec("x", "hog")])
+    with open_run(*arguments, resume=True):
+        for resume in (True, False):
+            with (
+                pytest.raises(UsageError, match="another process is writing to it; wait for it"),
+                open_run(*arguments, resume=resume),
+            ):
+                pass
+    with open_run(*arguments, resume=True) as state:
+        assert state == tmp_path / "RUN" / "state"
+    assert not list(tmp_path.glob("RUN.bak*"))
 
 
 def test_a_ranking_comes_back_as_it_was(run: Path, content: dict) -> None:

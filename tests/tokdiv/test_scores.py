@@ -92,6 +92,21 @@ def test_what_lies_beyond_the_progress_does_not_count(tmp_path: Path) -> None:
     assert again.reasons == {0: "it is cut short"}
 
 
+def test_rows_that_are_missing_end_the_measured_stretch(tmp_path: Path) -> None:
+    short = ScoreTable(NAMES, None, tmp_path)
+    fill(short, 0, 14)
+    short.save()
+    chunk = (tmp_path / "scores-00001.parquet").read_bytes()  # positions 10 to 13
+    table = ScoreTable(NAMES, None, tmp_path)
+    fill(table, 0, 28)
+    table.save()
+    (tmp_path / "scores-00001.parquet").write_bytes(chunk)
+    again = ScoreTable(NAMES, None, tmp_path)
+    again.load()
+    assert again.front == 14
+    assert again.key(13) == "13.png"
+
+
 def test_dropping_and_ending_clear_what_comes_after() -> None:
     table = ScoreTable(NAMES, key_of)
     fill(table, 0, 35)

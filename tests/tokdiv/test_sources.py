@@ -88,6 +88,14 @@ def test_a_nested_folder_gives_sorted_paths_and_class_labels(tmp_path):
     assert source.read(0) == b"x"
 
 
+def test_the_pictures_of_runs_are_no_data(tmp_path):
+    runs = ["ranked/config.json", "ranked/similarity.png", "ranked/state/x", "out/config.json"]
+    runs += ["out/loss.png", "out/checkpoints/last"]
+    names = ["1.png", "photos/2.png", "photos/config.json"]
+    write(tmp_path, dict.fromkeys([*names, *runs], b"x"))
+    assert keys(open_source(str(tmp_path))) == ["1.png", "photos/2.png"]
+
+
 def test_a_flat_folder_has_no_labels(tmp_path):
     source = open_source(str(write(tmp_path, {"b.png": b"1", "a.ppm": b"2", "c/d.png": b"3"})))
     assert keys(source) == ["a.ppm", "b.png", "c/d.png"]

@@ -186,6 +186,26 @@ def test_a_cached_file_that_changed_is_refused(server: Server):
     assert weights_file(server.url)[1] == DIGEST
 
 
+def test_a_second_download_is_held_to_the_first_one_s_sha256(server: Server, cache: Path):
+    path, _ = weights_file(server.url)
+    path.unlink()
+    server.files["/w.pth"] = BODY + b"!"
+    message = failure(RunError, server.url)
+    assert f"expected {DIGEST}" in message and not path.exists()
+    assert f"to accept it, delete '{path}.sha256'" in message
+    path.with_name(path.name + ".sha256").unlink()
+    assert weights_file(server.url)[0].read_bytes() == BODY + b"!"
+
+
+@pytest.mark.parametrize(
+    "page", [b"<head><title>No</title>", b"\xef\xbb\xbf<html>", b'{"error": "gone"}', b"\n[]", b""]
+)
+def test_an_answer_that_is_no_checkpoint_is_not_kept(server: Server, cache: Path, page: bytes):
+    server.files["/w.pth"] = page
+    assert "answered with a web page, not a checkpoint" in failure(RunError, server.url)
+    assert left(cache) == []
+
+
 def test_a_second_download_is_held_to_the_run_s_sha256(server: Server, cache: Path):
     weights_file(server.url)
     assert "the weights changed" in failure(RunError, server.url, "0" * 64)
@@ -445,6 +465,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path, suffix: str, share: float):
         (b"", "is empty: expected a checkpoint (.pth, .pt or .safetensors)"),
         (b"<!DOCTYPE html>\n<html>", "is a web page, not a checkpoint"),
         (b"<?xml version='1.0'?><Error/>", "is a web page, not a checkpoint"),
+        (b'{"error": "gone"}', "is a web page, not a checkpoint"),
         (
             b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 3\n",
             "is a Git LFS pointer, not a checkpoint: fetch it with git lfs pull",
