@@ -6,6 +6,7 @@ torchrun --nproc-per-node 8 -m img2vec pretrain photos/ --teacher dino_resnet50 
 
 import contextlib
 import dataclasses
+import inspect
 import json
 import math
 import os
@@ -195,11 +196,15 @@ def _run(
         del found, state
     wrapped: nn.Module = model
     if team.world > 1 and not config.shard:
+        # Buffers are constants here. torch 2.15 calls the option by another name.
+        accepted = inspect.signature(DistributedDataParallel).parameters
+        name = "forward_sync_buffers" if "forward_sync_buffers" in accepted else "broadcast_buffers"
+        unsynchronised: dict[str, Any] = {name: False}
         wrapped = DistributedDataParallel(
             model,
             device_ids=[device.index] if device.type == "cuda" else None,
-            broadcast_buffers=False,
             gradient_as_bucket_view=True,
+            **unsynchronised,
         )
     trained = [p for p in model.parameters() if p.requires_grad]
 

@@ -204,7 +204,9 @@ def maps(
     query: Annotated[
         str | None,
         typer.Option(
-            metavar="ROW,COL", help="The query, in units of the view (0..1). [default: the centre]"
+            metavar="ROW,COL",
+            help="The query: 7,3 is a patch of the finest grid (from 0), 0.5,0.25 a place in units of the view. "
+            "[default: the centre]",
         ),
     ] = None,
     device: Device = "auto",
@@ -288,11 +290,14 @@ def _image_size(text: str | None) -> Any:
 def _query(text: str | None) -> tuple[float, float] | None:
     if text is None:
         return None
+    parts = [part.strip() for part in text.split(",")]
+    if len(parts) == 2 and all(part.isdecimal() for part in parts):
+        return int(parts[0]), int(parts[1])
     try:
-        row, column = (float(part) for part in text.split(","))
+        row, column = (float(part) for part in parts)
     except ValueError:
         raise UsageError(
-            f"--query {text}: expected ROW,COL, two numbers from 0 to 1, as 0.5,0.25"
+            f"--query {text}: expected ROW,COL, as 7,3 (a patch) or 0.5,0.25 (a place in the view)"
         ) from None
     if not (0 <= row <= 1 and 0 <= column <= 1):
         raise UsageError(

@@ -37,10 +37,12 @@ def draw_maps(
         images: files, a row each.
         teachers: SPECs, TeacherSpecs or Teachers, a column each.
         out: .png, .svg or .pdf.
-        query: (row, column) in units of the view, 0 to 1; None for the patch nearest the centre.
+        query: two whole numbers are the (row, column) of a patch in the finest grid, counted from 0; other
+            two are a place in units of the view, 0 to 1. None is the centre.
 
     Raises:
-        UsageError: a file that is no image, a teacher that cannot be loaded, an unknown suffix.
+        UsageError: a file that is no image, a teacher that cannot be loaded, an unknown suffix, a query
+            outside of the grid.
         RunError: a teacher that yields NaN.
     """
     if Path(out).suffix.lower() not in (".png", ".svg", ".pdf"):
@@ -58,7 +60,7 @@ def draw_maps(
             )
     for teacher in loaded:
         teacher.prepare(place, choose_dtype(dtype, place))
-    found = measure_maps(pictures, loaded, place, query or CENTRE)
+    found = measure_maps(pictures, loaded, place, _in_view(query or CENTRE, loaded))
     for image, similarities in zip(images, found.similarities):
         for teacher, similarity in zip(loaded, similarities):
             if math.isnan(similarity):
@@ -134,6 +136,20 @@ def measure_maps(
             (top / rows, left / columns, (top + 1) / rows, (left + 1) / columns)
         )
     return found
+
+
+def _in_view(query: tuple[float, float], teachers: Sequence[Teacher]) -> tuple[float, float]:
+    """A query in units of the view; of a patch, its centre."""
+    if not all(isinstance(number, int) for number in query):
+        return query
+    rows, columns = max((teacher.grid for teacher in teachers), key=math.prod)
+    row, column = query
+    if not (0 <= row < rows and 0 <= column < columns):
+        raise UsageError(
+            f"--query {row},{column}: the finest grid has {rows} x {columns} patches; expected ROW,COL from "
+            f"0,0 to {rows - 1},{columns - 1}"
+        )
+    return (row + 0.5) / rows, (column + 0.5) / columns
 
 
 def _open(path: str | Path) -> torch.Tensor:

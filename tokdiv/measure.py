@@ -29,7 +29,7 @@ from tqdm import tqdm
 from tokdiv.certify import Certificate, OrderCertifier, look_schedule
 from tokdiv.data import Batch, Source, open_source, permutation, read_batches
 from tokdiv.dist import Processes, choose_dtype, processes
-from tokdiv.errors import Interrupted, SharedError, UsageError
+from tokdiv.errors import Interrupted, RunError, SharedError, UsageError
 from tokdiv.ranking import (
     Ranking,
     certified_best,
@@ -590,6 +590,12 @@ class _Worker:
             begun = _clock(device)
             with torch.inference_mode():
                 tokens = teacher(piece.views[teacher.size])
+                expected = (num_usable, teacher.num_tokens, teacher.dim)
+                if tokens.shape != expected:  # code of the user's own may do so
+                    raise RunError(
+                        f"{teacher.name} gave tokens of shape {tuple(tokens.shape)}, expected {expected} as "
+                        f"for a black image"
+                    )
                 scores[place][:, 0] = token_similarity(tokens)
                 if means is None:
                     mean_tokens[place] = tokens.float().mean(dim=1)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from tokdiv.classical import PATCH, Hog, Pixels
-from tokdiv.errors import UsageError
+from tokdiv.errors import RunError, UsageError
 from tokdiv.spec import CUSTOM, HANDCRAFTED, TeacherSpec, Triple, _triple, nearest, parse_specs
 from tokdiv.weights import StateDict, _some, read_checkpoint, unwrap, weights_file
 from tokdiv.zoo import IMAGENET_MEAN, IMAGENET_STD
@@ -144,6 +144,10 @@ class Teacher(nn.Module):
 
         Returns:
             (B, K, C) float (bfloat16 under autocast), row-major over the grid.
+
+        Raises:
+            TypeError: images of another kind.
+            RunError: a module of the user's own fails.
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise TypeError(
@@ -157,7 +161,15 @@ class Teacher(nn.Module):
             if self._compiled is not None and images.device.type == "cpu"
             else nullcontext(),
         ):
-            output = (self._compiled or self._features)(self._normalised(images))
+            try:
+                output = (self._compiled or self._features)(self._normalised(images))
+            except Exception as error:
+                if self.spec.architecture != CUSTOM or isinstance(error, torch.OutOfMemoryError):
+                    raise
+                reason = (str(error).strip() or "no message").splitlines()[0]
+                raise RunError(
+                    f"{self.name}: your code raised {type(error).__name__}: {reason}"
+                ) from error
         return output.flatten(2).transpose(1, 2) if output.ndim == 4 else output
 
     @torch.no_grad()
@@ -429,7 +441,9 @@ def complete(spec: TeacherSpec) -> TeacherSpec:
 
 def _handcrafted(spec: TeacherSpec, size: int) -> Teacher:
     if size % PATCH:
-        raise UsageError(f"{spec.name}: {size} px is not a multiple of its patch of {PATCH} px")
+        raise UsageError(
+            f"{spec.name}: {size} px is not a multiple of its patch of {PATCH} px; set :size= or --image-size"
+        )
     module = Pixels() if spec.architecture == "pixels" else Hog()
     assert spec.mean is not None and spec.std is not None  # `complete` filled them in
     return Teacher(module, mean=spec.mean, std=spec.std, size=size, name=spec.name, spec=spec)

@@ -251,6 +251,7 @@ class TestMapsAndDepth:
             (["--query", "0.5"], "--query 0.5: expected ROW,COL"),
             (["--query", "a,b"], "expected ROW,COL"),
             (["--query", "0.5,1.5"], "from 0 (top, left)"),
+            (["--query", "4,0"], "--query 4,0: the finest grid has 4 x 4 patches"),
             (["--query", "nan,0"], "from 0 (top, left)"),
             (["--dtype", "float64"], "--dtype float64"),
             (["-t", "pixels"], "names 2 teachers"),

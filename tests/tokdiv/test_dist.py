@@ -137,7 +137,7 @@ def test_alone_a_process_talks_to_itself(monkeypatch: pytest.MonkeyPatch) -> Non
         assert group.broadcast("x") == "x"
 
 
-@pytest.mark.parametrize("device", ["gpu", "cuda:99", ""])
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta", ""])
 def test_an_unknown_device_is_a_mistake_in_the_call(device: str) -> None:
     with pytest.raises(UsageError, match=f"--device {device}"):
         choose_device(device)

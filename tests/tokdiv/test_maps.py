@@ -58,6 +58,9 @@ def test_a_picture_is_written_with_a_row_an_image(images: list[Path], tmp_path: 
         ((0.0, 0.0), (0, 0), (0, 0)),
         ((1.0, 1.0), (3, 3), (7, 7)),
         ((0.3, 0.8), (1, 3), (2, 6)),
+        ((0, 0), (0, 0), (0, 0)),
+        ((1, 1), (0, 0), (1, 1)),
+        ((7, 2), (3, 1), (7, 2)),
     ],
 )
 def test_cosines_are_those_to_the_query_token(
@@ -122,6 +125,13 @@ def test_a_picture_that_cannot_be_written_is_a_mistake(
 ) -> None:
     with pytest.raises(UsageError, match=said):
         draw_maps(images, ["pixels"], tmp_path / out, image_size=64)
+
+
+def test_a_query_outside_of_the_finest_grid_is_a_mistake(
+    images: list[Path], tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=r"--query 8,0: the finest grid has 8 x 8 patches"):
+        draw_maps(images, TEACHERS, tmp_path / "o.png", query=(8, 0), image_size=64)
 
 
 def test_a_teacher_of_nan_is_named_with_the_image(images: list[Path], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,24 @@ def coded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def numbers(coded: Path) -> np.ndarray:
     return numbers_in_order(coded)
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (lambda images: 1 / 0, "own: your code raised ZeroDivisionError: division by zero"),
+        (lambda images: images[:, :, ::2], r"own gave tokens of shape \(.*, 512, 3\), expected"),
+    ],
+)
+def test_a_network_of_ones_own_that_fails_on_an_image_is_named(
+    coded: Path, answer: Callable[[torch.Tensor], torch.Tensor], said: str
+) -> None:
+    def tokens(images: torch.Tensor) -> torch.Tensor:
+        return answer(images) if (images != images[0, 0, 0, 0]).any() else images
+
+    own = Teacher(torch.nn.Identity(), tokens=tokens, size=32, name="own", mean=0.5, std=0.5)
+    with pytest.raises(RunError, match=said):
+        tokdiv.rank(coded, [own, "hog"], image_size=32, certify="none", max_images=20, **TINY)
 
 
 @pytest.fixture(scope="module")

@@ -525,6 +525,8 @@ def test_a_cls_token_is_not_counted_and_other_shapes_may_say_their_grid(images: 
     given = Teacher(wide.module, lambda out: out.flatten(2).mT, size=64, grid=(4, 8))
     assert given.grid == (4, 8)
     assert torch.equal(given(images), wide(images))
+    said = mistake(Teacher, wide.module, lambda out: out.argmax(1, keepdim=True), size=64)
+    assert said == "custom returned tokens of torch.int64: expected floating point"
     said = mistake(Teacher, wide.module, lambda out: out.flatten(2).mT, size=64, grid=(4, 7))
     assert said.endswith("gives 32 tokens, which are not a grid of 4 x 7")
 
@@ -608,6 +610,7 @@ def test_a_file_s_function_makes_a_teacher(tmp_path: Path, images: Tensor):
         ("own.py:network", "returned Conv2d, not a tokdiv.Teacher"),
         ("own.py:fails", "raised KeyError: 'no such"),
         ("broken.py:make", "raised SyntaxError:"),
+        ("leaves.py:make", "raised SystemExit: 3"),
     ],
 )
 def test_a_mistake_with_a_file_is_named(
@@ -617,6 +620,7 @@ def test_a_mistake_with_a_file_is_named(
     for name in ("own.py", "own.txt"):
         Path(name).write_text(OWN)
     Path("broken.py").write_text("def make(:\n")
+    Path("leaves.py").write_text("import sys\n\nsys.exit(3)\n")
     message = mistake(teacher_from_file, reference)
     assert message.startswith(f"--teacher-module {reference}") and said in message
 

@@ -644,6 +644,7 @@ def test_no_wrapper_is_seen_where_a_key_of_the_architecture_has_that_name(tmp_pa
     [
         ({"epoch": 3, "lr": 0.1}, "a dict with the keys epoch, lr"),
         ({"model": {}}, "a dict with the keys "),
+        ({1: torch.ones(3)}, "a dict with the keys 1"),
         ([1, 2], "list"),
         (torch.ones(3), "Tensor"),
     ],
