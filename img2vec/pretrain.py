@@ -56,7 +56,7 @@ from img2vec.run import (
 from tokdiv import __version__
 from tokdiv.data import Source, open_source
 from tokdiv.dist import Processes, choose_dtype, processes
-from tokdiv.errors import RunError, UsageError
+from tokdiv.errors import RunError, SharedError, UsageError
 from tokdiv.ranking import versions
 from tokdiv.similarity import token_similarity
 from tokdiv.spec import CUSTOM, TeacherSpec
@@ -240,8 +240,9 @@ def _run(
     def evaluate() -> None:
         """Measure the student where an epoch has just ended at which that is due, and has not been done."""
         epochs = progress.epoch
-        due = epochs == config.epochs or (knn is not None and epochs % config.knn_every == 0)
-        if knn is None or not epochs or progress.step_in_epoch or not due:
+        if knn is None or not epochs or progress.step_in_epoch:
+            return
+        if epochs < config.epochs and epochs % config.knn_every:
             return
         if not team.broadcast(log.evaluated == progress.step):
             accuracy = knn(model, device)
@@ -374,7 +375,7 @@ def _run(
         ) from error
 
     if 0 < progress.skipped == progress.step:
-        raise RunError(
+        raise SharedError(
             f"not one of the {progress.step} steps could be made: the loss was not finite, or no image can be "
             f"used ({SKIPPED} lists them)"
         )
@@ -580,13 +581,15 @@ def _diverged(out: Path, usable: float, teacher: Teacher, batch: Batch) -> RunEr
     found = load_last(out, lambda text: None)
     last = f"the last good checkpoint is {found[0]}" if found else "no checkpoint was saved before"
     if not usable:
-        return RunError(f"none of the images of the last {MAX_IN_A_ROW} steps can be used; {last}")
+        return SharedError(
+            f"none of the images of the last {MAX_IN_A_ROW} steps can be used; {last}"
+        )
     if not teacher(resized(batch.images, teacher.size)).isfinite().all():
-        return RunError(
+        return SharedError(
             f"the teacher {teacher.name} gives tokens that are not finite: its weights are damaged, or too "
             f"large for this --dtype; take another one, or --dtype float32 in another -o"
         )
-    return RunError(
+    return SharedError(
         f"the loss was not finite {MAX_IN_A_ROW} steps in a row; {last}; begin anew in another -o, with a lower "
         f"--lr, --clip-grad 1 or --dtype float32"
     )

@@ -358,7 +358,7 @@ def _terminable() -> Iterator[None]:
 def _run(application: typer.Typer) -> int:
     try:
         code = application(standalone_mode=False)
-        if code == 130:  # some versions of click return it in place of raising
+        if code == 130:  # typer returns it from 0.29 on, and raised before
             return _fail("interrupted", 130)
         return code if isinstance(code, int) else 0
     except UsageError as error:

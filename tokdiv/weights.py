@@ -240,9 +240,8 @@ def read_checkpoint(path: Path) -> Any:
     ]
     try:
         with torch.serialization.safe_globals(harmless), warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # of a strange pickle protocol, in a file that is no pickle
+            # Of a strange pickle protocol, in a file that is no pickle.
+            warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         text = " ".join(str(error).split())
