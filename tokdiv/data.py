@@ -48,7 +48,8 @@ def open_source(data: str) -> Source:
         (`train-{0000..0009}.tar`), a wildcard, or a folder that holds only .tar files; or a scheme
         in timm's notation: `wds/SHARDS` (read as a stream), `hfds/NAME_OR_FOLDER`, `torch/NAME`,
         `tfds/NAME`, `hfids/NAME`. A scheme may end in `:split=NAME` (default: train) and
-        `:root=FOLDER`. A path that exists as it stands wins over a scheme.
+        `:root=FOLDER`; hfids also in `:num_samples=N`, where the data set does not tell its length. A
+        path that exists as it stands wins over a scheme.
 
     Raises UsageError, in one line that names the value and the remedy.
     """
@@ -98,7 +99,7 @@ def open_source(data: str) -> Source:
 def _split_options(data: str) -> tuple[str, dict[str, str]]:
     """`hfds/name:split=test` -> (`hfds/name`, {split: test})."""
     options: dict[str, str] = {}
-    while match := re.fullmatch(r"(.+):(split|root)=([^:]+)", data, re.DOTALL):
+    while match := re.fullmatch(r"(.+):(split|root|num_samples)=([^:]+)", data, re.DOTALL):
         data, key, value = match.groups()
         options.setdefault(key, value)
     return data, options

@@ -139,8 +139,14 @@ def open_iterable(data: str, rest: str, options: dict[str, str]) -> Source:
     scheme = data.partition("/")[0].lower()
     split = options.get("split", "train")
 
+    more: dict[str, Any] = {}
+    if (size := options.get("num_samples")) is not None:
+        if scheme != "hfids" or not size.isdecimal() or int(size) < 1:
+            raise UsageError(f"{data!r}: expected hfids/NAME:num_samples=N with N of 1 or more")
+        more["num_samples"] = int(size)
+
     def dataset() -> Any:
-        return _timm_dataset(data, f"{scheme}/{rest}", options.get("root"), split)
+        return _timm_dataset(data, f"{scheme}/{rest}", options.get("root"), split, **more)
 
     first = dataset()
     try:
@@ -163,18 +169,18 @@ def open_iterable(data: str, rest: str, options: dict[str, str]) -> Source:
     )
 
 
-def _timm_dataset(data: str, name: str, root: str | None, split: str) -> Any:
+def _timm_dataset(data: str, name: str, root: str | None, split: str, **more: Any) -> Any:
     import timm.data
 
     try:
-        return timm.data.create_dataset(name, root=root, split=split, download=False)
+        return timm.data.create_dataset(name, root=root, split=split, download=False, **more)
     except ImportError as error:
         package = error.name or str(error)
         raise UsageError(f"{data!r} needs the package {package}: pip install {package}") from error
     except Exception as error:  # each of these packages fails in its own way
         raise UsageError(
             f"{data!r} cannot be opened: {first_line(error)} (root {root!r}, split {split!r}; "
-            f"change them with :root=FOLDER and :split=NAME; nothing is downloaded)"
+            f"change them with :root=FOLDER and :split=NAME, give :num_samples=N to hfids; nothing is downloaded)"
         ) from error
 
 

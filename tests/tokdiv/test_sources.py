@@ -503,6 +503,19 @@ def test_a_hugging_face_image_folder_is_read_from_its_files(hugging_face, tmp_pa
     assert source.read(keys(source).index("dog/2.png")) == png(2)
 
 
+def test_a_hugging_face_stream_is_told_its_length(hugging_face, tmp_path):
+    (tmp_path / "set").mkdir()
+    hugging_face.to_parquet(str(tmp_path / "set" / "train-0.parquet"))
+    data = f"hfids/{tmp_path / 'set'}"
+    assert "num_samples=N" in refusal(data)
+    for wrong in ("0", "many"):
+        assert "with N of 1 or more" in refusal(f"{data}:num_samples={wrong}")
+    assert "hfids/NAME:num_samples" in refusal("tfds/mnist:num_samples=3")
+    source = open_source(f"{data}:num_samples={len(hugging_face)}")
+    assert source.count == len(list(source.stream(0))) == len(hugging_face)
+    assert not source.permutable
+
+
 def test_an_unknown_or_unreachable_hugging_face_data_set_is_one_line(hugging_face):
     assert "hfds/nobody/nothing-here" in refusal("hfds/nobody/nothing-here")
 
