@@ -234,6 +234,22 @@ def test_what_unusable_images_leave_open_no_further_image_decides(run: Path) -> 
     assert any("no image is left" in remark for remark in ranking.remarks())
 
 
+def test_for_the_winner_only_pairs_of_those_that_may_win_are_open_questions(run: Path) -> None:
+    columns = similarities(COUNT, 0.30, 0.302, 0.8, 0.801)
+    teachers = [coded_teacher(name, column) for name, column in zip("abcd", columns)]
+    ranking = tokdiv.rank(
+        run.parent / "images.tar", teachers, certify="best", max_images=100, **TINY
+    )
+    still_open = {
+        frozenset((pair["first"], pair["second"]))
+        for pair in ranking.certificate["pairs"]
+        if pair["state"] == "open"
+    }
+    assert {frozenset("ab"), frozenset("cd")} <= still_open
+    said = [remark for remark in ranking.remarks() if remark.startswith("Not decided")]
+    assert len(said) == 1 and "a before b" in said[0]
+
+
 def test_teachers_of_ones_own_are_said_to_need_their_code(run: Path) -> None:
     remarks = tokdiv.load_ranking(run).remarks()
     said = "is made by code of your own: it cannot be loaded again without that code."
