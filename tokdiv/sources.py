@@ -163,8 +163,10 @@ def _walk(root: str, others: Counter[str]) -> Iterator[tuple[str, int]]:
             if is_folder:
                 try:
                     inside = identity(entry.path)
-                    below = entries_of(entry.path) if inside not in above else []
-                    if inside not in above and not _is_run({name for name, _, _ in below}):
+                    if inside in above:
+                        continue
+                    below = entries_of(entry.path)
+                    if not _is_run({name for name, _, _ in below}):
                         stack.append((prefix + name + "/", iter(below)))
                         above.append(inside)
                 except OSError as error:
