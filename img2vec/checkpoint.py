@@ -251,18 +251,42 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
 
 
 def load_optimizer_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+    model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], where: Path
 ) -> None:
-    """The inverse of `optimizer_state`, for a model whose parameters are loaded."""
-    for name, parameter in model.named_parameters():
-        if name in state:
-            optimizer.state[parameter] = {
-                # The count of steps is no shard; a fused AdamW wants it beside the parameter.
-                key: value.to(parameter.device)
-                if value.ndim == 0
-                else _like(value, parameter).clone()
-                for key, value in state[name].items()
-            }
+    """The inverse of `optimizer_state`, for a model whose parameters are loaded.
+
+    Raises:
+        UsageError: moments of other parameters, shapes or dtypes; fused AdamW would read beyond their ends.
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    wrong = sorted(set(state) - set(trained)) or (
+        sorted(set(trained) - set(state)) if state else []
+    )
+    wrong = wrong or [name for name in state if not _are_moments(state[name], trained[name])]
+    if wrong:
+        raise UsageError(
+            f"'{where}': the optimizer's state does not fit the model ({len(wrong)} parameters, as "
+            f"{wrong[0]}): the checkpoint is damaged; delete it, or start again with --no-resume"
+        )
+    for name, moments in state.items():
+        parameter = trained[name]
+        optimizer.state[parameter] = {
+            # The count of steps is no shard; a fused AdamW wants it beside the parameter.
+            key: value.to(parameter.device) if value.ndim == 0 else _like(value, parameter).clone()
+            for key, value in moments.items()
+        }
+
+
+def _are_moments(moments: Any, parameter: nn.Parameter) -> bool:
+    """Whether these are AdamW's `step`, `exp_avg` and `exp_avg_sq` of a parameter."""
+    if not isinstance(moments, dict) or set(moments) != {"step", "exp_avg", "exp_avg_sq"}:
+        return False
+    shapes = {"step": torch.Size([]), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+    dtypes = {"step": torch.float32, "exp_avg": parameter.dtype, "exp_avg_sq": parameter.dtype}
+    return all(
+        isinstance(value, Tensor) and value.shape == shapes[key] and value.dtype == dtypes[key]
+        for key, value in moments.items()
+    )
 
 
 def _whole(value: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from tokdiv.architecture import create_model
 from tokdiv.errors import RunError, UsageError
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -85,14 +86,9 @@ def build(architecture: str, arguments: Mapping[str, Any], input_size: int) -> n
             f"student was pretrained with"
         )
     with torch.random.fork_rng(devices=[]):
-        try:
-            model = timm.create_model(
-                architecture, pretrained=False, **sized(architecture, arguments, input_size)
-            )
-        except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-            raise UsageError(
-                f"cannot make {architecture} with {dict(arguments)}: {error}"
-            ) from None
+        given = sized(architecture, arguments, input_size)
+        own = {key: given.pop(key) for key in ("num_classes", "img_size") if key in given}
+        model = create_model(architecture, given, **own)
     return model.eval()
 
 

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from img2vec.config import Config
 from img2vec.masking import Layout, split_indices
+from tokdiv.architecture import create_model
 from tokdiv.errors import UsageError
 from tokdiv.spec import nearest
 
@@ -50,24 +51,13 @@ def make_student(config: Config) -> VisionTransformer:
     if "img_size" in config.student_args:
         raise UsageError("student_args: img_size is the side of the view: give it as --image-size")
     try:
-        student = timm.create_model(
-            name,
-            pretrained=False,
-            num_classes=0,
-            img_size=config.image_size,
-            **config.student_args,
+        student = create_model(
+            name, config.student_args, "student_args", num_classes=0, img_size=config.image_size
         )
-    except TypeError as error:
-        if "img_size" in str(error):
-            raise UsageError(f"--student '{name}' takes no image size: {plain}") from None
-        raise UsageError(
-            f"--student '{name}' does not take {config.student_args}: {error}; {plain}"
-        ) from None
-    except (AssertionError, ValueError, RuntimeError) as error:
-        reason = (str(error).strip() or "an assertion in timm failed").splitlines()[0]
-        raise UsageError(
-            f"--student '{name}' cannot be made for {config.image_size} px: {reason}"
-        ) from None
+    except TypeError:
+        raise UsageError(f"--student '{name}' takes no image size: {plain}") from None
+    except UsageError as error:
+        raise UsageError(f"{error}; {plain}") from None
     if type(student) is not VisionTransformer or type(student.patch_embed) is not PatchEmbed:
         raise UsageError(f"--student '{name}' is a {type(student).__name__}: {plain}")
     if student.pos_embed is None or not isinstance(student.patch_embed.norm, nn.Identity):

@@ -192,7 +192,7 @@ def _run(
         model.compile()
     optimizer = make_optimizer(model, config.weight_decay)
     if found is not None:
-        load_optimizer_state(model, optimizer, found[1]["optimizer"])
+        load_optimizer_state(model, optimizer, found[1]["optimizer"], path)
         del found, state
     wrapped: nn.Module = model
     if team.world > 1 and not config.shard:

@@ -192,8 +192,6 @@ def run_program(
     data = str(parameters.get("data", ""))
     if DOWNLOADED.match(data):
         return
-    if data.startswith("wds/") and not importlib.util.find_spec("webdataset"):
-        pytest.skip("webdataset is not installed")
     make_checkpoints(" ".join(arguments))
     ranking = package == "tokdiv" or command == "pretrain"
     for name, value in parameters.items():

@@ -1,14 +1,14 @@
 """Images in .tar files: indexed, so that any is one read away, or streamed shard after shard."""
 
-import importlib.util
 import itertools
 import json
 import os
 import re
 import tarfile
+import urllib.request
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,8 @@ from tokdiv.sources import (
     storable,
     unique,
 )
+
+TIMEOUT = 60  # seconds without a byte of a shard
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 
@@ -244,17 +246,11 @@ def _labels_of_tar(
 
 def open_shard_stream(data: str, rest: str, options: dict[str, str]) -> Source:
     """`wds/SHARDS`: tars read from front to back, shuffled by shards and through a buffer."""
-    if rest.lower().startswith("pipe:") or "|" in rest:
-        raise UsageError(pipe_refused(data))
-    remote = "://" in rest
+    shards = _expand_braces(rest)
+    remote = any("://" in shard for shard in shards)
     count: int | None = None
-    if remote:
-        if importlib.util.find_spec("webdataset") is None:
-            raise UsageError(f"{data!r}: shards at a URL need webdataset: pip install tokdiv[wds]")
-        if not re.fullmatch(r"[\w.~:/?@=%&+,{}-]+", rest):
-            raise UsageError(f"{data!r}: a shard URL may not hold quotes, blanks, $ or ;")
-        shards = _expand_braces(rest)
-    else:
+    _check_schemes(data, shards)
+    if not remote:
         root = os.path.expanduser(rest)
         if os.path.isdir(root):
             shards, count = _shards_of_folder(data, root, options)
@@ -374,9 +370,29 @@ def _read_shards(
 def _open_shard(path: str) -> Any:
     if "://" not in path:
         return open(path, "rb")
-    import webdataset  # type: ignore[import-not-found]
+    return urllib.request.urlopen(path, timeout=TIMEOUT)
 
-    return webdataset.gopen(path)
+
+def _check_schemes(data: str, shards: Iterable[str]) -> None:
+    """Shards are files, or come over http and https: nothing that runs a command, as pipe: would.
+
+    Args:
+        shards: after brace expansion, which can put a scheme together.
+
+    Raises:
+        UsageError: another scheme.
+    """
+    for shard in shards:
+        scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):", shard)
+        if "|" in shard or (scheme and scheme[1].lower() == "pipe"):
+            raise UsageError(pipe_refused(data))
+        if "://" not in shard and any("://" in other for other in shards):
+            raise UsageError(f"{data!r}: some shards are URLs and some are files: give one kind")
+        if "://" in shard and (not scheme or scheme[1].lower() not in ("http", "https")):
+            raise UsageError(
+                f"{data!r}: shards are read from files, http:// and https://, not from {shard!r}; "
+                f"mount them, or give their https URLs"
+            )
 
 
 def _class_sorted(shards: list[str]) -> bool:
@@ -429,21 +445,39 @@ def expand_shards(path: str) -> list[str]:
     return _expand_braces(path)
 
 
+MAX_SHARDS = 1_000_000
+
+
 def _expand_braces(pattern: str) -> list[str]:
-    """`a-{08..11}.tar` and `{a,b}.tar` as the shell has them, numbers padded alike."""
-    match = re.search(r"\{([^{}]*)\}", pattern)
-    if match is None:
-        return [pattern]
-    body = match.group(1)
-    if numbers := re.fullmatch(r"(\d+)\.\.(\d+)", body):
-        first, last = numbers.groups()
-        if int(last) - int(first) >= 10_000_000:
-            raise UsageError(f"{pattern!r} stands for more than 10 million shards")
-        width = max(len(first), len(last)) if first.startswith("0") or last.startswith("0") else 0
-        choices = [str(n).zfill(width) for n in range(int(first), int(last) + 1)]
-    elif "," in body:
-        choices = body.split(",")
-    else:
-        return [pattern]
-    before, after = pattern[: match.start()], pattern[match.end() :]
-    return [full for choice in choices for full in _expand_braces(before + choice + after)]
+    """`a-{08..11}.tar` and `{a,b}.tar` as the shell has them, numbers padded alike.
+
+    Raises:
+        UsageError: more than a million shards.
+    """
+    patterns = [pattern]
+    while any(choices := [_first_choices(text) for text in patterns]):
+        if sum(len(found) or 1 for found in choices) > MAX_SHARDS:
+            raise UsageError(f"{pattern!r} stands for more than {MAX_SHARDS:,} shards")
+        patterns = [
+            full for text, found in zip(patterns, choices) for full in (list(found) or [text])
+        ]
+    return patterns
+
+
+def _first_choices(pattern: str) -> Sequence[str]:
+    """What the first brace of a pattern stands for, the rest left as it is; empty without one."""
+    for match in re.finditer(r"\{([^{}]*)\}", pattern):
+        body, before, after = match[1], pattern[: match.start()], pattern[match.end() :]
+        if numbers := re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", body):
+            first, last = numbers.groups()
+            if int(last) - int(first) >= MAX_SHARDS:
+                raise UsageError(f"{pattern!r} stands for more than {MAX_SHARDS:,} shards")
+            padded = first.startswith("0") or last.startswith("0")
+            width = max(len(first), len(last)) if padded else 0
+            choices = [str(n).zfill(width) for n in range(int(first), int(last) + 1)]
+        elif "," in body:
+            choices = body.split(",")
+        else:
+            continue
+        return [before + choice + after for choice in choices]
+    return ()

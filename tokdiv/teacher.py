@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from tokdiv.architecture import create_model
 from tokdiv.classical import PATCH, Hog, Pixels
 from tokdiv.errors import RunError, UsageError
 from tokdiv.spec import CUSTOM, HANDCRAFTED, TeacherSpec, Triple, _triple, nearest, parse_specs
@@ -514,34 +515,15 @@ def _from_timm(spec: TeacherSpec, size: int) -> Teacher:
 
 def _create(spec: TeacherSpec, size: int) -> nn.Module:
     """The architecture without its classifier, for views of `size` px, initialised from the spec's seed."""
-    import timm
-
     with torch.random.fork_rng(devices=[]):
         # Not torch.manual_seed, which would seed the GPUs as well.
         torch.default_generator.manual_seed(spec.seed)
-        sizes: tuple[dict[str, int], ...] = ({"img_size": size}, {})  # a ConvNet takes no img_size
-        for attempt, size_argument in enumerate(sizes):
-            try:
-                return timm.create_model(
-                    spec.architecture,
-                    pretrained=False,
-                    num_classes=0,
-                    **size_argument,
-                    **spec.arguments,
-                )
-            except TypeError as error:
-                if attempt == 0 and "img_size" in str(error):
-                    torch.default_generator.manual_seed(spec.seed)
-                    continue
-                raise UsageError(
-                    f"{spec.name}: {spec.architecture} does not take these arguments: {error}"
-                ) from None
-            except (AssertionError, ValueError, RuntimeError) as error:
-                reason = (str(error).strip() or "an assertion in timm failed").splitlines()[0]
-                raise UsageError(
-                    f"{spec.name}: cannot make {spec.architecture} for {size} px with {spec.arguments}: {reason}"
-                ) from None
-    raise AssertionError("unreachable: the second attempt returns or raises")
+        own = {"num_classes": 0}
+        try:
+            return create_model(spec.architecture, spec.arguments, spec.name, **own, img_size=size)
+        except TypeError:  # a ConvNet takes no img_size
+            torch.default_generator.manual_seed(spec.seed)
+            return create_model(spec.architecture, spec.arguments, spec.name, **own)
 
 
 def _has_final_norm(model: nn.Module) -> bool:
@@ -636,14 +618,12 @@ def _shapes(found: Tensor, wanted: Tensor) -> str:
 
 def _keys_of_whole(spec: TeacherSpec) -> set[str]:
     """Keys of the architecture with its classifier and all its blocks: what a cut may leave over."""
-    import timm
-
     try:
         with torch.device("meta"):
-            model = timm.create_model(spec.architecture, pretrained=False, **spec.arguments)
-    except (RuntimeError, NotImplementedError):  # older releases of timm compute while they create
+            model = create_model(spec.architecture, spec.arguments, spec.name)
+    except UsageError:  # older releases of timm compute while they create
         with torch.random.fork_rng(devices=[]):
-            model = timm.create_model(spec.architecture, pretrained=False, **spec.arguments)
+            model = create_model(spec.architecture, spec.arguments, spec.name)
     return set(model.state_dict())
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import nn
 
+from tokdiv.architecture import create_model
 from tokdiv.errors import RunError, UsageError
 from tokdiv.spec import CUSTOM, HANDCRAFTED, Triple
 from tokdiv.teacher import Teacher
@@ -22,7 +23,6 @@ def build_classifier(
     Raises:
         UsageError: handcrafted features, a user's own module, or a network cut at a block.
     """
-    import timm
     from timm.models.vision_transformer import VisionTransformer
 
     spec = teacher.spec
@@ -33,18 +33,12 @@ def build_classifier(
     arguments["num_classes"] = num_classes
     if isinstance(teacher.module, VisionTransformer):
         arguments["global_pool"] = "avg"
-    attempts: list[dict[str, Any]] = [{"img_size": teacher.size}, {}]  # a ConvNet takes no img_size
-    for extra in attempts:
-        try:
-            network = timm.create_model(
-                spec.architecture, pretrained=False, drop_path_rate=drop_path, **extra, **arguments
-            )
-            break
-        except TypeError as error:
-            if "img_size" not in str(error):
-                raise UsageError(
-                    f"{spec.architecture} cannot be fine-tuned with --drop-path: {error}"
-                ) from None
+    own = {"num_classes": num_classes, "drop_path_rate": drop_path}
+    given = {k: v for k, v in arguments.items() if k not in own}
+    try:
+        network = create_model(spec.architecture, given, teacher.name, **own, img_size=teacher.size)
+    except TypeError:  # a ConvNet takes no img_size
+        network = create_model(spec.architecture, given, teacher.name, **own)
     weights = teacher.module.state_dict()
     classifier = network.get_classifier()
     if not isinstance(classifier, nn.Linear):

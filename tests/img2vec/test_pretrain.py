@@ -529,7 +529,6 @@ def test_a_stream_without_a_length_asks_for_one(photos, tmp_path):
             entry.size = path.stat().st_size
             tar.addfile(entry, io.BytesIO(path.read_bytes()))
     data = f"wds/{tmp_path / 'shard.tar'}"
-    pytest.importorskip("webdataset")
     with pytest.raises(UsageError, match="give --epoch-size N"):
         _pretrain(data, tmp_path / "run", max_steps=1)
     _pretrain(data, tmp_path / "run", max_steps=3, epoch_size=8)
@@ -560,3 +559,26 @@ def test_importing_either_way_gives_the_function(photos):
         "assert callable(img2vec.pretrain); from img2vec import pretrain; assert callable(pretrain)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+@pytest.mark.parametrize("damage", ["shape", "dtype", "missing key", "missing parameter", "type"])
+def test_an_optimizer_state_that_does_not_fit_is_one_line_and_no_crash(photos, tmp_path, damage):
+    _pretrain(photos, tmp_path / "run", max_steps=2)
+    path = next((tmp_path / "run" / "checkpoints").glob("step-*.pt"))
+    state = torch.load(path, weights_only=True)
+    name = next(n for n, m in state["optimizer"].items() if m["exp_avg"].ndim == 2)
+    moments = state["optimizer"][name]
+    if damage == "shape":
+        moments["exp_avg"] = moments["exp_avg"][:1]
+    elif damage == "dtype":
+        moments["exp_avg_sq"] = moments["exp_avg_sq"].half()
+    elif damage == "missing key":
+        del moments["exp_avg_sq"]
+    elif damage == "missing parameter":
+        del state["optimizer"][name]
+    else:
+        state["optimizer"][name] = [1, 2]
+    torch.save(state, path)
+    path.with_suffix(".sha256").unlink()
+    with pytest.raises(UsageError, match="the optimizer's state does not fit the model"):
+        _pretrain(photos, tmp_path / "run", max_steps=3)

@@ -122,7 +122,6 @@ def test_a_stream_of_shards(photos, tmp_path):
     import io
     import tarfile
 
-    pytest.importorskip("webdataset")
     with tarfile.open(tmp_path / "shard.tar", "w") as tar:
         for number, path in enumerate(sorted(photos.rglob("*.png"))):
             entry = tarfile.TarInfo(f"{number:03d}.png")

@@ -422,21 +422,34 @@ def test_commands_and_odd_urls_are_refused(tmp_path, monkeypatch):
         assert "shell command" in refusal(data)
     assert "no such shard" in refusal(f"wds/{tmp_path}/none-{{0..3}}.tar")
     assert "no .tar files" in refusal(f"wds/{tmp_path}")
-    pytest.importorskip("webdataset")
-    assert "may not hold quotes" in refusal("wds/https://host/a'$(touch x)'.tar")
-    find_spec = tokdiv.tars.importlib.util.find_spec
-    monkeypatch.setattr(
-        tokdiv.tars.importlib.util,
-        "find_spec",
-        lambda name: None if name == "webdataset" else find_spec(name),
-    )
-    assert "pip install tokdiv[wds]" in refusal("wds/https://host/a.tar")
+
+
+def test_a_command_put_together_by_braces_is_refused_and_not_run(tmp_path):
+    script = tmp_path / "script.sh"
+    script.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    script.chmod(0o755)
+    for data in (
+        f"wds/{{,}}pipe:{script}&://",
+        f"wds/{{pi,}}pe:{script}&://",
+        f"wds/{{p,}}{{ipe:,}}{script}&://.tar",
+        f"wds/PIPE:{script}&://",
+        f"wds/{{http://host/a.tar,pipe:{script}&://}}",
+    ):
+        assert "shell command" in refusal(data) or "URLs and some are files" in refusal(data)
+    assert "not from 's3://" in refusal("wds/s3://bucket/a.tar")
+    assert "not from 'file://" in refusal("wds/file:///a.tar")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_pattern_of_too_many_shards_is_refused_at_once():
+    assert "more than 1,000,000 shards" in refusal("wds/" + "{a,b}" * 24 + ".tar")
+    assert "more than 1,000,000 shards" in refusal("wds/a-{0..999999999}.tar")
 
 
 def test_shards_at_a_url_are_streamed(shards, monkeypatch):
-    webdataset = pytest.importorskip("webdataset")
     monkeypatch.setattr(
-        webdataset, "gopen", lambda url: (shards / url.rpartition("/")[2]).open("rb")
+        "urllib.request.urlopen",
+        lambda url, timeout: (shards / url.rpartition("/")[2]).open("rb"),
     )
     source = open_source("wds/https://host/data/s-{0..3}.tar")
     assert len(list(source.stream(0))) == 200
