@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 
 import tokdiv
 from tokdiv.certify import OrderCertifier, look_schedule
-from tokdiv.teacher import load_teachers
+from tokdiv.teachers.load import load_teachers
 
 IMAGENET = 1_281_167
 LIMIT = 200_000  # images of a simulated run

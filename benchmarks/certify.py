@@ -89,11 +89,11 @@ def coverage(method: str, sets: int, num_images: int, rng: Rng) -> dict[str, flo
         x = draw(rng, num_images, sets)
         mean, n = x.mean(axis=0), np.arange(1, num_images + 1)[:, None]
         if method == "naive":
-            centre = np.cumsum(x, axis=0) / n
-            spread = np.sqrt(np.maximum(np.cumsum(x**2, axis=0) / n - centre**2, 0) / n)
+            center = np.cumsum(x, axis=0) / n
+            spread = np.sqrt(np.maximum(np.cumsum(x**2, axis=0) / n - center**2, 0) / n)
             half = statistics.NormalDist().inv_cdf(1 - MISS / 2) * spread
             half *= np.sqrt(1 - n / num_images)
-            low, high = (centre - half)[30:], (centre + half)[30:]
+            low, high = (center - half)[30:], (center + half)[30:]
         else:
             sequence = confidence_sequence(x, num_images, MISS, 0, 1, method)
             low, high = sequence.low, sequence.high

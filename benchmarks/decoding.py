@@ -3,7 +3,7 @@
     python benchmarks/decoding.py [IMAGES]
 
 IMAGES is a folder of JPEGs; by default `imagenet_originals` of TOKDIV_DATA, or the photographs that ship with
-the package. Every way makes the same view (short side 256, bicubic, antialiased, centre crop 224); ways that
+the package. Every way makes the same view (short side 256, bicubic, antialiased, center crop 224); ways that
 are not installed are left out. The score S(x) of each view is compared with that of Pillow's, for the
 teachers `pixels` and `sample`: the mean absolute difference over the images, and the shift of the mean.
 """
@@ -23,8 +23,8 @@ from PIL import Image
 from torchvision.io import ImageReadMode, decode_jpeg
 
 import tokdiv
-from tokdiv.decode import centre_view, decode_image
-from tokdiv.teacher import load_teachers
+from tokdiv.data.decode import center_view, decode_image
+from tokdiv.teachers.load import load_teachers
 
 SIZE, SHORT = 224, 256  # pixels
 TEACHERS = ["pixels", "sample"]
@@ -47,7 +47,7 @@ def pillow(data: bytes, draft: bool = False) -> torch.Tensor:
 
 def torchvision(data: bytes) -> torch.Tensor:
     encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    return centre_view(decode_jpeg(encoded, mode=ImageReadMode.RGB), SIZE)
+    return center_view(decode_jpeg(encoded, mode=ImageReadMode.RGB), SIZE)
 
 
 def ways() -> dict[str, View]:
@@ -56,12 +56,12 @@ def ways() -> dict[str, View]:
         "Pillow": pillow,
         "Pillow, draft mode": lambda data: pillow(data, draft=True),
         "torchvision": torchvision,
-        "tokdiv (torchvision, and its checks)": lambda data: centre_view(decode_image(data), SIZE),
+        "tokdiv (torchvision, and its checks)": lambda data: center_view(decode_image(data), SIZE),
     }
     try:
         from torchcodec.decoders import decode_jpeg as torchcodec_jpeg
 
-        found["torchcodec"] = lambda data: centre_view(
+        found["torchcodec"] = lambda data: center_view(
             torchcodec_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8)), SIZE
         )
     except (ImportError, RuntimeError, OSError):  # RuntimeError: it finds no FFmpeg
@@ -69,7 +69,7 @@ def ways() -> dict[str, View]:
     try:
         import simplejpeg
 
-        found["simplejpeg"] = lambda data: centre_view(
+        found["simplejpeg"] = lambda data: center_view(
             torch.from_numpy(simplejpeg.decode_jpeg(data)).permute(2, 0, 1), SIZE
         )
     except ImportError:
@@ -84,7 +84,7 @@ def gpu_rate(files: list[bytes], repeats: int) -> float:
     for _ in range(repeats + 1):  # the first warms up
         begin = time.perf_counter()
         for image in decode_jpeg(encoded, mode=ImageReadMode.RGB, device="cuda"):
-            centre_view(image.float(), SIZE)
+            center_view(image.float(), SIZE)
         torch.cuda.synchronize()
         rates.append(len(files) / (time.perf_counter() - begin))
     return machine.median(rates[1:])
@@ -108,7 +108,7 @@ def main() -> None:
     folder = arguments.images or (Path(data) / "imagenet_originals" if data else samples)
     paths = [p for p in sorted(folder.rglob("*")) if p.suffix.lower() in (".jpg", ".jpeg")]
     files = [path.read_bytes() for path in paths[: arguments.num_images]]
-    # Every way has to be able to read every file: greyscale and CMYK are left to the tests.
+    # Every way has to be able to read every file: grayscale and CMYK are left to the tests.
     files = [data for data in files if Image.open(io.BytesIO(data)).mode == "RGB"]
     found = ways()
     torch.set_num_threads(1)

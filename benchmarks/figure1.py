@@ -32,7 +32,8 @@ import img2vec
 import tokdiv
 from img2vec.config import Config
 from img2vec.evaluate import knn, probe
-from tokdiv.plots import diversity_accuracy_figure, save_figure
+from tokdiv.figures.diversity_accuracy import diversity_accuracy_figure
+from tokdiv.figures.style import save_figure
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = 96  # pixels: 6 x 6 patches of 16 px

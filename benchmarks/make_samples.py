@@ -30,7 +30,7 @@ class Photograph:
     shows: str
     author: str
     source: str
-    licence: str
+    license: str
 
 
 PHOTOGRAPHS = {
@@ -154,16 +154,16 @@ CROPS: dict[str, tuple[str, tuple[int, int, int, int] | None, str]] = {
 
 
 INTRODUCTION = """\
-# Sources and licences of the sample photographs
+# Sources and licenses of the sample photographs
 
 All are in the public domain or under [CC0 1.0](https://creativecommons.org/publicdomain/zero/1.0/),
 as the documentation of
 [scikit-image](https://scikit-image.org/docs/stable/api/skimage.data.html), which ships the
 originals, states for each. They were cropped, resized to a short side of 288 pixels and saved as
 JPEG by `benchmarks/make_samples.py`; these changes are under CC0 1.0 too. Naming the authors is
-thanks, not a duty. No person or organisation shown endorses anything.
+thanks, not a duty. No person or organization shown endorses anything.
 
-| file | what | source | author | licence |
+| file | what | source | author | license |
 | --- | --- | --- | --- | --- |"""
 
 
@@ -175,15 +175,15 @@ def make_crop(photograph: Image.Image, box: tuple[int, int, int, int] | None) ->
     return crop.resize(size, Image.Resampling.BICUBIC)
 
 
-def write_licences(path: Path) -> None:
-    """Write the table of files, sources, authors and licences."""
+def write_licenses(path: Path) -> None:
+    """Write the table of files, sources, authors and licenses."""
     lines = [INTRODUCTION]
     for name, (key, _, part) in CROPS.items():
         photograph = PHOTOGRAPHS[key]
         lines.append(
             f"| `images/{name}.jpg` | {photograph.shows}: {part} "
             f"| <{photograph.source}> (scikit-image `{photograph.file}`) "
-            f"| {photograph.author} | {photograph.licence} |"
+            f"| {photograph.author} | {photograph.license} |"
         )
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -204,7 +204,7 @@ def main() -> None:
         total += path.stat().st_size
     if total > MAX_TOTAL_BYTES:
         raise SystemExit(f"{total} bytes of images, expected at most {MAX_TOTAL_BYTES}: crop less")
-    write_licences(out / "LICENSES.md")
+    write_licenses(out / "LICENSES.md")
     print(f"{len(CROPS)} images, {total} bytes, in {out}")
 
 

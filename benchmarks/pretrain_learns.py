@@ -28,11 +28,12 @@ from img2vec.config import Config
 from img2vec.data import View, plan_epoch, read_epoch
 from img2vec.evaluate import knn
 from img2vec.export import export_student
-from img2vec.loss import BETA, make_targets
+from img2vec.loss import BETA
 from img2vec.masking import plan_layout
 from img2vec.model import make_student
+from img2vec.targets import make_targets
 from tokdiv import load_teacher
-from tokdiv.data import open_source
+from tokdiv.data.open import open_source
 
 RESULTS = Path(__file__).parent / "results"
 NEIGHBOURS = (10, 20)

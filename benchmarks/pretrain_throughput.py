@@ -6,7 +6,7 @@
 The same student (depth, widths, 80 of 196 patches visible, the same decoder), batch and fused AdamW for all:
 `pixels` as the teacher against lightly's masked-autoencoder modules and Hugging Face's
 ViTMAEForPreTraining; then a ResNet-50 teacher against the bound made of the bare student step plus the
-bare teacher's forward pass. Ours is timed as it is used, from uint8 images; the peers get normalised float
+bare teacher's forward pass. Ours is timed as it is used, from uint8 images; the peers get normalized float
 images. Each variant has a process of its own, as a user's would be: it makes one step to warm up, then the
 processes take turns, one step each; figures are medians of the repeats' ratios. On a CPU ours runs as `img2vec
 pretrain` does, with freed memory kept. Peak memory is the kernel's record of a process that builds the variant and
@@ -38,13 +38,14 @@ from torch import nn
 
 from img2vec.config import Config, make_config
 from img2vec.data import Batch, View, random_view
-from img2vec.loss import global_loss, make_targets, patch_loss, split_targets
+from img2vec.loss import global_loss, patch_loss
 from img2vec.masking import draw_mask, plan_layout, split_indices
 from img2vec.model import Img2Vec, choose_attention, make_student
 from img2vec.optim import make_optimizer
-from img2vec.pretrain import image_losses
+from img2vec.targets import make_targets, split_targets
+from img2vec.train import image_losses
 from tokdiv import load_teacher
-from tokdiv.decode import decode_image
+from tokdiv.data.decode import decode_image
 from tokdiv.memory import M_MMAP_THRESHOLD, freed_memory_kept
 
 Step = Callable[[], None]

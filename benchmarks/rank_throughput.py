@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tokdiv
 import tokdiv.measure
-from tokdiv.decode import centre_view, decode_image
+from tokdiv.data.decode import center_view, decode_image
 from tokdiv.dist import choose_device, choose_dtype
 from tokdiv.memory import freed_memory_kept
 from tokdiv.similarity import pooled_similarity, token_similarity
@@ -164,7 +164,7 @@ def _milliseconds(
         return results
 
     images = each("decode", decode_image, each("read", Path.read_bytes, paths))
-    each("resize and crop", lambda image: centre_view(image, 224), images)
+    each("resize and crop", lambda image: center_view(image, 224), images)
     torch.set_num_threads(os.cpu_count() or 1)
     if device.type == "cuda":
         pinned = views.cpu().pin_memory()
@@ -217,8 +217,8 @@ def _rank(folder: str, teachers: list[tokdiv.Teacher], batch_size: int, device: 
 def _bound(
     teachers: list[tokdiv.Teacher], views: torch.Tensor, num_images: int, device: torch.device
 ) -> float:
-    """The networks alone, on a normalised batch that lies in memory."""
-    images = [teacher._normalised(views) for teacher in teachers]
+    """The networks alone, on a normalized batch that lies in memory."""
+    images = [teacher._normalized(views) for teacher in teachers]
     _wait(device)
     begun, done = time.perf_counter(), 0
     with torch.inference_mode(), freed_memory_kept():

@@ -16,12 +16,12 @@ import machine
 import numpy as np
 
 from tokdiv.certify import OrderCertifier
+from tokdiv.data.source import Source
 from tokdiv.measure import Settings
 from tokdiv.ranking import make_ranking
-from tokdiv.report import FILES, write_report
+from tokdiv.report.build import FILES, write_report
 from tokdiv.scores import CHUNK, MEASURES, ScoreTable
-from tokdiv.sources import Source
-from tokdiv.spec import TeacherSpec
+from tokdiv.teachers.spec import TeacherSpec
 
 LIMITS = {"seconds": 30, "megabytes": 5}  # targets, at 1.28 million scores by 10 teachers
 

@@ -22,13 +22,13 @@ import numpy as np
 import torch
 
 import tokdiv
+from tokdiv.data.source import Source
 from tokdiv.dist import processes
 from tokdiv.measure import Settings, _Judge, _Plan, _Step
 from tokdiv.ranking import make_ranking
 from tokdiv.scores import MEASURES, ScoreTable
 from tokdiv.similarity import token_similarity
-from tokdiv.sources import Source
-from tokdiv.teacher import load_teachers
+from tokdiv.teachers.load import load_teachers
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = ROOT / "tokdiv" / "samples" / "images"

@@ -43,7 +43,7 @@ from tqdm import tqdm
 from img2vec.evaluate import knn
 from img2vec.optim import BETAS, learning_rate, parameter_groups
 from tokdiv import TeacherSpec, load_teacher
-from tokdiv.data import open_source
+from tokdiv.data.open import open_source
 
 OUT = Path(__file__).parent.parent / "tokdiv" / "samples" / "teachers"
 SIZE, LOCAL_SIZE, SHORT_SIDE = 96, 48, 136  # pixels
@@ -96,7 +96,7 @@ def _decode(path: Path) -> Image.Image:
 
 
 class Mae(nn.Module):
-    """He et al., arXiv 2111.06377, with lightly's modules: 75% masked, a decoder of 2 blocks, normalised pixels."""
+    """He et al., arXiv 2111.06377, with lightly's modules: 75% masked, a decoder of 2 blocks, normalized pixels."""
 
     transform = MAETransform(input_size=SIZE, min_scale=0.2)
 
@@ -322,7 +322,7 @@ For trying the tool without a network: not for pretraining, and no measure of wh
 - **By** `benchmarks/train_sample_teachers.py`, with lightly's modules for {method}.
 - **k-NN accuracy** {after:.3f}; the same network untrained: {before:.3f}. ({knn}; weighted, k = 10, mean token
   at 224 px, `img2vec knn`.)
-- **Licence** CC BY-NC 4.0, because of the images: see LICENSE.md.
+- **License** CC BY-NC 4.0, because of the images: see LICENSE.md.
 - **sha256** `{sha256}`
 """
 

@@ -6,22 +6,28 @@
 The names below are loaded on first use, so that `import img2vec` does not load torch.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from tokdiv.lazy import lazy_names
 
 if TYPE_CHECKING:
     from img2vec.config import PRESETS, Config
-    from img2vec.pretrain import pretrain
+    from img2vec.evaluate.finetune import finetune
+    from img2vec.evaluate.knn import knn
+    from img2vec.evaluate.probe import probe
+    from img2vec.export import export
+    from img2vec.train import pretrain
 
-_HOME = {"PRESETS": "config", "Config": "config", "pretrain": "pretrain"}
+_HOMES = {
+    "PRESETS": "config",
+    "Config": "config",
+    "export": "export",
+    "finetune": "evaluate.finetune",
+    "knn": "evaluate.knn",
+    "pretrain": "train",
+    "probe": "evaluate.probe",
+}
 
-__all__ = ["PRESETS", "Config", "pretrain"]
+__all__ = ["PRESETS", "Config", "export", "finetune", "knn", "pretrain", "probe"]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'img2vec' has no attribute '{name}'")
-    value = getattr(importlib.import_module(f"img2vec.{_HOME[name]}"), name)
-    # `import img2vec.pretrain` puts the module there under the function's name: the function wins.
-    globals()[name] = value
-    return value
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -186,7 +186,7 @@ def pretrain_command(
             f"{'no teacher' if teacher is None else 'two teachers'} given: expected either --teacher "
             f"SPEC_or_RUN, or --teacher-module FILE.py:FUNCTION for a network of your own"
         )
-    from img2vec.pretrain import pretrain
+    from img2vec.train import pretrain
 
     given = teacher if teacher is not None else own_teacher(teacher_module)[0]
     result = pretrain(data, given, out, preset=preset, config=config, resume=resume, **options)
@@ -206,7 +206,7 @@ def knn(
     train: Train,
     val: Val,
     out: Results = None,
-    k: Annotated[str, typer.Option(help="Neighbours, joined with commas.")] = "10,20,100,200",
+    k: Annotated[str, typer.Option(help="Neighbors, joined with commas.")] = "10,20,100,200",
     temperature: Annotated[float, typer.Option(help="Of the votes' weights.")] = 0.07,
     feature: Feature = "mean",
     image_size: ImageSize = None,
@@ -215,7 +215,7 @@ def knn(
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """Weighted k-nearest-neighbour accuracy of frozen features, as in DINO."""
+    """Weighted k-nearest-neighbor accuracy of frozen features, as in DINO."""
     options = {key: v for key, v in locals().items() if key != "k"}
     from img2vec import evaluate
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from tokdiv.errors import UsageError
-from tokdiv.spec import nearest
+from tokdiv.teachers.spec import nearest
 
 Triple = tuple[float, float, float]
 

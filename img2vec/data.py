@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from img2vec.masking import CROP, Layout, draw_mask, generator
-from tokdiv.data import Source, UnusableImage, decode_image, permutation
+from tokdiv.data.loader import Source, UnusableImage, decode_image, permutation
+from tokdiv.data.source import Item
 from tokdiv.errors import UsageError
-from tokdiv.sources import Item
 
 ASPECT = (3 / 4, 4 / 3)  # of the random resized crop, as torchvision's and MAE's
 TRIES = 10

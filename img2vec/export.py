@@ -6,7 +6,7 @@
     timm.create_model(ARCHITECTURE, num_classes=0, checkpoint_path="OUT/student/model.safetensors")
 
 The folder has the format of timm's own `save_for_hf`. It is written here and not there, because timm
-would hand on what it knows of the architecture's own weights (their licence, origin and tag), and those
+would hand on what it knows of the architecture's own weights (their license, origin and tag), and those
 are not the student's.
 """
 
@@ -22,8 +22,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from tokdiv.architecture import create_model
 from tokdiv.errors import RunError, UsageError
+from tokdiv.teachers.architecture import create_model
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 CROP = 224 / 256  # of the view that tokdiv measures on; timm calls it crop_pct
@@ -50,7 +50,7 @@ def export_student(
         architecture: timm's name.
         out: the folder; where it exists already, it is replaced once the new one is whole.
         model_args: further arguments of the architecture, of JSON types.
-        mean, std: that the input is normalised with, in units of [0, 1].
+        mean, std: that the input is normalized with, in units of [0, 1].
         input_size: side of the input in pixels.
         description: kept in config.json under "img2vec".
 
@@ -278,7 +278,7 @@ def read_student(path: str | Path) -> dict[str, Any]:
 
 
 def _read_timm_folder(folder: Path) -> dict[str, Any]:
-    from tokdiv.weights import read_checkpoint
+    from tokdiv.teachers.weights import read_checkpoint
 
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))

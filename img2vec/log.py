@@ -14,7 +14,7 @@ from typing import Any, Self
 from tqdm import tqdm
 
 from img2vec.checkpoint import truncate_metrics, write_atomically
-from img2vec.plots import plot_loss
+from img2vec.figures import plot_loss
 from tokdiv.errors import UsageError
 
 METRICS, PICTURE, SKIPPED = "metrics.jsonl", "loss.png", "skipped.csv"

@@ -16,9 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 from img2vec.config import Config
 from img2vec.masking import Layout, split_indices
-from tokdiv.architecture import create_model
 from tokdiv.errors import UsageError
-from tokdiv.spec import nearest
+from tokdiv.teachers.architecture import create_model
+from tokdiv.teachers.spec import nearest
 
 EPSILON = 1e-6  # of every LayerNorm, as in timm's ViTs
 HEAD_DIM = 32  # channels of one head of the decoder, as in MAE's (512 in 16 heads)
@@ -37,7 +37,7 @@ class Prediction(NamedTuple):
 
 
 def make_student(config: Config) -> VisionTransformer:
-    """The encoder, without a classifier, initialised as in MAE, from torch's current generator.
+    """The encoder, without a classifier, initialized as in MAE, from torch's current generator.
 
     Raises:
         UsageError: no model of timm, no plain ViT, or arguments it does not take.
@@ -80,7 +80,7 @@ def make_student(config: Config) -> VisionTransformer:
             f"--image-size {config.image_size} is not a multiple of the student's patch of {patch[0]} px; "
             f"the nearest is {max(1, round(config.image_size / patch[0])) * patch[0]}"
         )
-    _initialise(student)
+    _initialize(student)
     positions = sine_positions(student.patch_embed.grid_size, student.embed_dim)
     prefix = student.pos_embed.shape[1] - len(positions)
     with torch.no_grad():
@@ -90,7 +90,7 @@ def make_student(config: Config) -> VisionTransformer:
             if token is not None:
                 nn.init.normal_(token, std=0.02)
     student.pos_embed.requires_grad_(False)
-    # Never used below: blocks are normalised without learned parameters, so that the final norm of the
+    # Never used below: blocks are normalized without learned parameters, so that the final norm of the
     # exported student, with weight 1 and bias 0, is the very norm of its last block in training.
     student.norm.requires_grad_(False)
     student.fc_norm.requires_grad_(False)
@@ -163,7 +163,7 @@ class Img2Vec(nn.Module):
         )
         for module in (self.decoder_embed, self.decoder_blocks, self.head, self.global_head):
             if module is not None:
-                _initialise(module)
+                _initialize(module)
         nn.init.normal_(self.mask_token, std=0.02)
         # In units of uint8, as the images come.
         scale = torch.tensor([config.mean, config.std]).mul(255).view(2, 3, 1, 1)
@@ -255,7 +255,7 @@ class Img2Vec(nn.Module):
         return hidden.unflatten(1, (-1, cells)).mean(dim=2) if cells > 1 else hidden
 
     def _embed(self, images: Tensor, visible: Tensor) -> Tensor:
-        """(B, V, D): the visible patches alone are cut out, normalised and embedded."""
+        """(B, V, D): the visible patches alone are cut out, normalized and embedded."""
         projection = self.encoder.patch_embed.proj
         side = projection.kernel_size[0]
         rows, columns = self.layout.patches
@@ -360,7 +360,7 @@ def _layer_norm(dim: int, **kwargs: Any) -> nn.LayerNorm:
     return nn.LayerNorm(dim, eps=EPSILON, **kwargs)
 
 
-def _initialise(module: nn.Module) -> None:
+def _initialize(module: nn.Module) -> None:
     """Xavier-uniform matrices and zero biases, as in MAE's released pretraining."""
     for part in module.modules():
         if isinstance(part, (nn.Linear, nn.Conv2d)):

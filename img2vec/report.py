@@ -22,19 +22,21 @@ from torch import Tensor
 
 from img2vec.checkpoint import load_last, load_model_state, write_atomically
 from img2vec.config import Config
+from img2vec.figures import loss_figure, predictions_figure, read_metrics, watch_figure
 from img2vec.log import METRICS
 from img2vec.log import SKIPPED as SKIPPED_FILE
-from img2vec.loss import make_targets
 from img2vec.masking import draw_mask, plan_layout, split_indices
 from img2vec.model import Img2Vec, make_student
-from img2vec.plots import loss_figure, predictions_figure, read_metrics, watch_figure
-from tokdiv.data import Source, UnusableImage, centre_view, decode_image, open_source, permutation
+from img2vec.targets import make_targets
+from tokdiv.data.loader import Source, UnusableImage, center_view, decode_image, permutation
+from tokdiv.data.open import open_source
+from tokdiv.data.source import Item
 from tokdiv.dist import choose_device
 from tokdiv.errors import RunError, UsageError
-from tokdiv.page import NARROW, SKIPPED, inline_figure, read_skipped, render, repeat_command
-from tokdiv.sources import Item
-from tokdiv.spec import CUSTOM, TeacherSpec
-from tokdiv.teacher import Teacher, load_teacher
+from tokdiv.report.page import NARROW, SKIPPED, inline_figure, read_skipped, render, repeat_command
+from tokdiv.teachers.load import load_teacher
+from tokdiv.teachers.spec import CUSTOM, TeacherSpec
+from tokdiv.teachers.teacher import Teacher
 
 REPORT = "report.html"
 IMAGES = 4  # whose tokens are shown
@@ -118,7 +120,7 @@ def _losses(
 ) -> Markup:
     alt = f"Losses over the steps: from {finite[0]['loss']:.4f} to {finite[-1]['loss']:.4f}."
     caption = (
-        "Thin: every step, or the mean and range of neighbouring ones. Thick: their running mean."
+        "Thin: every step, or the mean and range of neighboring ones. Thick: their running mean."
     )
     if measured:
         alt += " Below them the k-NN accuracy: " + ", ".join(
@@ -178,8 +180,8 @@ def _pictures(
     figure = inline_figure(
         draw(6.5),
         f"{len(maps.keys)} images, each beside what the student sees of it, the teacher's tokens and the "
-        f"predicted tokens, as colours.",
-        "Grey: hidden from the student. White: seen by it, so not predicted.",
+        f"predicted tokens, as colors.",
+        "Gray: hidden from the student. White: seen by it, so not predicted.",
         narrow=draw(NARROW),
         image_format="png",
         dpi=200,
@@ -227,7 +229,7 @@ def _token_maps(
     keys, views = [], []
     for key, item in itertools.islice(_items(source, config.seed), 10 * IMAGES):
         try:
-            views.append(centre_view(decode_image(item), config.image_size))
+            views.append(center_view(decode_image(item), config.image_size))
             keys.append(key)
         except UnusableImage:
             continue
@@ -239,7 +241,7 @@ def _token_maps(
     masks = torch.from_numpy(
         np.stack([draw_mask(layout, config.seed, 0, n) for n in range(len(views))])
     ).to(device)
-    from img2vec.pretrain import resized
+    from img2vec.train import resized
 
     # Compiled for the batches of the run, the teacher would be compiled anew for this one.
     with torch.compiler.set_stance("force_eager"):
@@ -247,7 +249,7 @@ def _token_maps(
             teacher(resized(images, teacher.size)), teacher.grid, layout, config.target_norm
         )
     predicted = model(images, masks).tokens.float()
-    shown, guessed = colours_of(targets, predicted, split_indices(masks, layout)[2])
+    shown, guessed = colors_of(targets, predicted, split_indices(masks, layout)[2])
     grid = layout.targets
     return TokenMaps(
         keys,
@@ -258,10 +260,10 @@ def _token_maps(
     )
 
 
-def colours_of(
+def colors_of(
     targets: Tensor, predicted: Tensor, masked: Tensor
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The first three principal components of the teacher's tokens, as colours, and predictions in the same.
+    """The first three principal components of the teacher's tokens, as colors, and predictions in the same.
 
     The components are those of all the images' tokens together; each is stretched so that 2% of the
     teacher's tokens lie beyond either end.
@@ -277,22 +279,22 @@ def colours_of(
     tokens = targets.flatten(0, 1)
     mean = tokens.mean(dim=0)
     axes = torch.linalg.svd(tokens - mean, full_matrices=False).Vh[:3]
-    # A component's sign is arbitrary: its largest entry is made positive, so that colours repeat.
+    # A component's sign is arbitrary: its largest entry is made positive, so that colors repeat.
     largest = axes.abs().argmax(dim=1, keepdim=True)
     axes = axes * axes.gather(1, largest).sign()
     components = (tokens - mean) @ axes.T
     low, high = torch.quantile(components, torch.tensor([0.02, 0.98]).double(), dim=0)
     scale = (high - low).clamp_min(1e-12)
 
-    def coloured(values: Tensor) -> NDArray[np.float64]:
+    def colored(values: Tensor) -> NDArray[np.float64]:
         found = (((values - mean) @ axes.T - low) / scale).clamp(0, 1).numpy()
         missing = 3 - found.shape[-1]  # fewer tokens or channels than three
         return np.pad(found, [(0, 0)] * (found.ndim - 1) + [(0, missing)], constant_values=0.5)
 
-    shown = coloured(targets)
+    shown = colored(targets)
     guessed = np.full(shown.shape, np.nan)
     rows = np.arange(len(shown))[:, None]
-    guessed[rows, masked.cpu().numpy()] = coloured(predicted)
+    guessed[rows, masked.cpu().numpy()] = colored(predicted)
     return shown, guessed
 
 

@@ -22,9 +22,9 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-import tokdiv.teacher
+import tokdiv.teachers.teacher
 from img2vec.config import PRESETS
-from tokdiv.cache import cached_path, in_hub_cache
+from tokdiv.teachers.cache import cached_path, in_hub_cache
 
 IMAGES = 12
 FOLDERS = (  # the names by which the documentation calls a user's images
@@ -44,7 +44,7 @@ Patch = Callable[[Any, str, Any], None]  # as monkeypatch.setattr
 def apply(patch: Patch = setattr) -> None:
     """Make timm's networks narrow, their weights random, and figures coarse."""
     patch(timm, "create_model", _narrow(timm.create_model))
-    patch(tokdiv.teacher, "_from_timm", _with_weights(tokdiv.teacher._from_timm))
+    patch(tokdiv.teachers.teacher, "_from_timm", _with_weights(tokdiv.teachers.teacher._from_timm))
     patch(Figure, "savefig", _coarse(Figure.savefig))
 
 

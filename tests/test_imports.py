@@ -63,13 +63,15 @@ def test_figures_know_nothing_of_networks():
 def test_only_the_report_is_above_the_ranking():
     # What a run shows may be deleted: nothing else of tokdiv knows of it but at the end of a run.
     importing = {
-        path.name: {name for name in ("tokdiv.page", "tokdiv.report") if name in imported(path)}
+        path.name: {
+            name for name in ("tokdiv.report.page", "tokdiv.report.build") if name in imported(path)
+        }
         for path in files("tokdiv")
     }
     assert {name: found for name, found in importing.items() if found} == {
-        "cli.py": {"tokdiv.report"},
-        "measure.py": {"tokdiv.report"},
-        "report.py": {"tokdiv.page"},
+        "cli.py": {"tokdiv.report.build"},
+        "measure.py": {"tokdiv.report.build"},
+        "report.py": {"tokdiv.report.page"},
     }
 
 
@@ -77,7 +79,10 @@ def test_measuring_does_not_need_the_figures():
     # At the top of a module, only where there is nothing to do but draw.
     for path in files("tokdiv"):
         if path.name not in ("maps.py", "depth.py", "plots.py", "page.py", "report.py"):
-            assert not imported(path, whole=False) & {"tokdiv.plots", "tokdiv.report"}, path.name
+            assert not imported(path, whole=False) & {
+                "tokdiv.figures.figures",
+                "tokdiv.report.build",
+            }, path.name
 
 
 def loaded_by(statement: str) -> set[str]:

@@ -39,7 +39,7 @@ def test_all_that_the_packages_read_is_packed(files: set[str], pattern: str) -> 
     assert in_the_tree(pattern) <= files
 
 
-def test_sample_teachers_come_with_their_cards_and_their_licence(files: set[str]) -> None:
+def test_sample_teachers_come_with_their_cards_and_their_license(files: set[str]) -> None:
     folder = "tokdiv/samples/teachers/"
     weights = {name for name in files if name.endswith(".safetensors")}
     assert len(weights) == 3

@@ -3,39 +3,46 @@
 The names below are loaded on first use, so that `import tokdiv` does not load torch.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from tokdiv.lazy import lazy_names
 
 if TYPE_CHECKING:
     from tokdiv.certify import certify_order, confidence_sequence
+    from tokdiv.errors import RunError, UsageError
     from tokdiv.measure import rank
     from tokdiv.metric import TokenSimilarity
     from tokdiv.ranking import Ranking, load_ranking
     from tokdiv.similarity import token_similarity
-    from tokdiv.spec import TeacherSpec, parse_specs
-    from tokdiv.teacher import Teacher, load_teacher
+    from tokdiv.teachers.load import load_teacher
+    from tokdiv.teachers.spec import TeacherSpec, parse_specs
+    from tokdiv.teachers.teacher import Teacher
 
 __version__ = "0.1.0"
 
-_HOME = {
+_HOMES = {
     "Ranking": "ranking",
-    "Teacher": "teacher",
-    "TeacherSpec": "spec",
+    "RunError": "errors",
+    "Teacher": "teachers.teacher",
+    "TeacherSpec": "teachers.spec",
     "TokenSimilarity": "metric",
+    "UsageError": "errors",
     "certify_order": "certify",
     "confidence_sequence": "certify",
     "load_ranking": "ranking",
-    "load_teacher": "teacher",
-    "parse_specs": "spec",
+    "load_teacher": "teachers.load",
+    "parse_specs": "teachers.spec",
     "rank": "measure",
     "token_similarity": "similarity",
 }
 
 __all__ = [
     "Ranking",
+    "RunError",
     "Teacher",
     "TeacherSpec",
     "TokenSimilarity",
+    "UsageError",
     "certify_order",
     "confidence_sequence",
     "load_ranking",
@@ -45,8 +52,4 @@ __all__ = [
     "token_similarity",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'tokdiv' has no attribute '{name}'")
-    return getattr(importlib.import_module(f"tokdiv.{_HOME[name]}"), name)
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -18,7 +18,7 @@ from tokdiv.errors import Interrupted, LostPeer, RunError, SharedError, UsageErr
 
 if TYPE_CHECKING:
     from tokdiv.ranking import Ranking
-    from tokdiv.teacher import Teacher
+    from tokdiv.teachers.teacher import Teacher
 
 app = typer.Typer(
     help="Rank frozen teachers for masked image modeling by the diversity of their tokens.",
@@ -111,8 +111,8 @@ def _root(
 def teachers(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """List the zoo: method, architecture, K and C at 224 px, parameters, weights, licence, cached or not."""
-    from tokdiv.listing import zoo_json, zoo_table
+    """List the zoo: method, architecture, K and C at 224 px, parameters, weights, license, cached or not."""
+    from tokdiv.tables import zoo_json, zoo_table
 
     print(json.dumps(zoo_json(), indent=2) if as_json else zoo_table())
 
@@ -188,7 +188,7 @@ def report(
     device: Device = "auto",
 ) -> None:
     """Write RUN/report.html anew, and its figure: all that the ranking found, on one page without network."""
-    from tokdiv.report import write_report
+    from tokdiv.report.build import write_report
 
     print(write_report(run, device=device))
 
@@ -206,7 +206,7 @@ def maps(
         typer.Option(
             metavar="ROW,COL",
             help="The query: 7,3 is a patch of the finest grid (from 0), 0.5,0.25 a place in units of the view. "
-            "[default: the centre]",
+            "[default: the center]",
         ),
     ] = None,
     device: Device = "auto",
@@ -266,7 +266,7 @@ def own_teacher(module: str | None) -> "list[Teacher]":
     """The teacher of --teacher-module, if any."""
     if module is None:
         return []
-    from tokdiv.teacher import teacher_from_file
+    from tokdiv.teachers.load import teacher_from_file
 
     return [teacher_from_file(module)]
 
@@ -312,7 +312,7 @@ def _is_first_process() -> bool:
 
 def _ranking_text(ranking: "Ranking", out: Path) -> str:
     """The table, what to know about it, and the winner last."""
-    from tokdiv.listing import ranking_table
+    from tokdiv.tables import ranking_table
 
     lines = [ranking_table(ranking), "", *ranking.remarks()]
     lines.append(ranking.verdict())

@@ -15,15 +15,18 @@ from torch import nn
 from tqdm import tqdm
 
 from tokdiv.certify import confidence_sequence
-from tokdiv.data import open_source, permutation, read_batches
+from tokdiv.data.loader import permutation, read_batches
+from tokdiv.data.open import open_source
 from tokdiv.dist import choose_device, choose_dtype
 from tokdiv.errors import RunError, UsageError
+from tokdiv.figures.depth import depth_figure
+from tokdiv.figures.style import save_figure
 from tokdiv.measure import Settings
-from tokdiv.plots import depth_figure, save_figure
 from tokdiv.scores import write_skipped, write_whole
 from tokdiv.similarity import token_similarity
-from tokdiv.spec import TeacherSpec
-from tokdiv.teacher import Teacher, load_teachers
+from tokdiv.teachers.load import load_teachers
+from tokdiv.teachers.spec import TeacherSpec
+from tokdiv.teachers.teacher import Teacher
 
 CONFIDENCE = 0.99  # of each teacher's curve as a whole
 

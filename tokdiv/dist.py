@@ -1,17 +1,28 @@
-"""One process or many: what torchrun sets in the environment, and a few collectives on small objects."""
+"""One process or many: what torchrun sets in the environment, collectives, signals, and default workers."""
 
 import os
-from collections.abc import Iterator
+import signal
+import threading
+import types
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as distributed
+from torch import Tensor
 
-from tokdiv.errors import LostPeer, UsageError
+from tokdiv.errors import LostPeer, RunError, SharedError, UsageError
 from tokdiv.memory import freed_memory_kept
+
+T = TypeVar("T")
+
+MAX_WORKERS = 16  # decoding threads of a process by default: more hardly help
+ROWS_PER_GATHER = 65_536  # bounds the memory of `gather_rows` on the device
+TIMEOUT_VARIABLE = "TOKDIV_TIMEOUT"  # seconds to wait for another process before the run ends
+TIMEOUT = 600.0
 
 
 @dataclass(frozen=True)
@@ -45,6 +56,84 @@ class Processes:
         with _peers():
             distributed.broadcast_object_list(box, src=0)
         return box[0]
+
+    def on_first(self, call: Callable[[], T]) -> T:
+        """Call a function on rank 0 alone; its result, or its UsageError or RunError, on every process."""
+        result: Any = None
+        if self.rank == 0:
+            try:
+                result = call()
+            except (UsageError, RunError) as error:
+                result = error
+        result = self.broadcast(result)
+        if isinstance(result, RunError):
+            raise SharedError(str(result)) from None
+        if isinstance(result, UsageError):
+            raise result
+        return result
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of each entry over all processes, on the device of `values`."""
+        if self.world == 1:
+            return values
+        total = (
+            values.clone() if values.device.type == "cuda" else values.to(self._wire(), copy=True)
+        )
+        with _peers():
+            distributed.all_reduce(total)
+        return total.to(values.device)
+
+    def max(self, value: int) -> int:
+        """The largest value over all processes."""
+        if self.world == 1:
+            return value
+        largest = torch.tensor([value], device=self._wire())
+        with _peers():
+            distributed.all_reduce(largest, op=distributed.ReduceOp.MAX)
+        return int(largest)
+
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """The rows (n_r, ...) of all processes, one process after the other, on the CPU of each."""
+        if self.world == 1:
+            return rows
+        counts: list[Any] = [None] * self.world
+        with _peers():
+            distributed.all_gather_object(counts, len(rows))
+        wire = self._wire()
+        rows = rows.to(wire)
+        parts: list[list[Tensor]] = [[] for _ in range(self.world)]
+        for start in range(0, max(counts), ROWS_PER_GATHER):
+            # Collectives need equal shapes; the padding is cut off again below.
+            length = min(ROWS_PER_GATHER, max(counts) - start)
+            piece = torch.zeros(length, *rows.shape[1:], dtype=rows.dtype, device=wire)
+            own = rows[start : start + length]
+            piece[: len(own)] = own
+            pieces = [torch.empty_like(piece) for _ in range(self.world)]
+            with _peers():
+                distributed.all_gather(pieces, piece)
+            for part, other, count in zip(parts, pieces, counts):
+                part.append(other[: max(0, min(length, count - start))].cpu())
+        return torch.cat([p for part in parts for p in part]) if max(counts) else rows.cpu()
+
+    def barrier(self) -> None:
+        """Wait until every process is here."""
+        if self.world > 1:
+            with _peers():
+                distributed.barrier()
+
+    def _wire(self) -> torch.device:
+        """Where tensors cross between processes: nccl alone takes the GPU's, everything else has gloo."""
+        return self.device if distributed.get_backend() == "nccl" else torch.device("cpu")
+
+
+def current_processes(device: torch.device | str = "cpu") -> Processes:
+    """The processes of torch.distributed where it is initialized, else this one alone."""
+    if distributed.is_available() and distributed.is_initialized():
+        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        return Processes(
+            distributed.get_rank(), distributed.get_world_size(), local_world, torch.device(device)
+        )
+    return Processes(0, 1, 1, torch.device(device))
 
 
 @contextmanager
@@ -92,9 +181,93 @@ def processes(device: str = "auto") -> Iterator[Processes]:
             stack.enter_context(freed_memory_kept())
         if world > 1 and not distributed.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-            distributed.init_process_group(backend, timeout=timedelta(minutes=30))
+            distributed.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds()))
             stack.callback(distributed.destroy_process_group)
         yield Processes(rank, world, local_world, chosen)
+
+
+def timeout_seconds() -> float:
+    """How long a process waits for another one: TOKDIV_TIMEOUT in seconds, else ten minutes.
+
+    Raises:
+        UsageError: it is not a positive number.
+    """
+    text = os.environ.get(TIMEOUT_VARIABLE, str(TIMEOUT))
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < 1e7:
+        raise UsageError(f"{TIMEOUT_VARIABLE}={text}: expected a number of seconds, as 600")
+    return seconds
+
+
+def default_workers() -> int:
+    """Decoding threads of a process: the cores that this job may use, shared among its local processes."""
+    return max(1, min(MAX_WORKERS, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def available_cores() -> int:
+    """Cores by affinity and by the cgroup's CPU quota, rounded up; os.cpu_count() ignores both."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    quotas = [q for q in (_cgroup_cores(),) if q is not None]
+    return max(1, min([cores, *quotas]))
+
+
+def _cgroup_cores() -> int | None:
+    """The CPU quota of this container in whole cores; None where there is none."""
+    try:
+        with open("/sys/fs/cgroup/cpu.max") as file:  # cgroup v2
+            quota, period = file.read().split()
+    except (OSError, ValueError):
+        try:
+            with open("/sys/fs/cgroup/cpu/cpu.cfs_quota_us") as file:
+                quota = file.read().strip()
+            with open("/sys/fs/cgroup/cpu/cpu.cfs_period_us") as file:
+                period = file.read().strip()
+        except OSError:
+            return None
+    if not quota.isdecimal() or not period.isdecimal() or not int(period):  # "max", or -1
+        return None
+    return -(-int(quota) // int(period))
+
+
+# SIGUSR1 is SLURM's warning before a job ends: the run is unfinished, as after SIGTERM.
+EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
+if hasattr(signal, "SIGUSR1"):
+    EXIT_CODES[signal.SIGUSR1] = 143
+
+
+@dataclass
+class Interruption:
+    """The number of the signal that asked to stop, or 0."""
+
+    signal: int = 0
+
+
+@contextmanager
+def caught_signals() -> Iterator[Interruption]:
+    """Note SIGINT, SIGTERM and SIGUSR1 instead of dying of them; a second SIGINT ends at once.
+
+    Outside the main thread, where Python allows no handlers, signals keep their effect.
+    """
+    interruption = Interruption()
+    if threading.current_thread() is not threading.main_thread():
+        yield interruption
+        return
+
+    def note(number: int, frame: types.FrameType | None) -> None:
+        if interruption.signal == signal.SIGINT == number:
+            raise KeyboardInterrupt
+        interruption.signal = number
+
+    before = {number: signal.signal(number, note) for number in EXIT_CODES}
+    try:
+        yield interruption
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def choose_device(device: str = "auto") -> torch.device:

@@ -1,4 +1,4 @@
-"""The two kinds of failure that a user meets, each with its exit code."""
+"""The kinds of failure that a user meets, each with its exit code."""
 
 
 class UsageError(ValueError):
@@ -13,18 +13,28 @@ class RunError(RuntimeError):
 
 
 class SharedError(RunError):
-    """A failure that every process of a run comes to know; the first of them reports it."""
+    """A failure that every process of a run gets to know; only the first process reports it."""
 
 
 class LostPeer(SharedError):
-    """Another process of the run ended; the first of those that are left reports it."""
+    """Another process of the run ended or stopped answering; the first survivor reports it."""
 
 
 class Interrupted(Exception):
-    """SIGINT or SIGTERM came; the state is stored. `signal` is its number; the exit code is 128 more."""
+    """SIGINT, SIGTERM or SIGUSR1 came, and the state is stored.
 
-    def __init__(self, number: int, images: int) -> None:
-        super().__init__(
-            f"interrupted after {images:,} images; the same command goes on from there"
-        )
-        self.signal = number
+    Args:
+        signal: its number.
+        done: how far the run came, as "step 12" or "3 images".
+    """
+
+    def __init__(self, signal: int, done: str) -> None:
+        super().__init__(f"interrupted after {done}; the same command goes on from there")
+        self.signal = signal
+
+
+def first_line(error: BaseException, limit: int = 300) -> str:
+    """The first line of what an error says, or the name of its type where it says nothing."""
+    text = getattr(error, "strerror", None) or str(error)
+    lines = str(text).strip().splitlines()
+    return lines[0][:limit] if lines else type(error).__name__

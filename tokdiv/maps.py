@@ -10,15 +10,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tokdiv.data import UnusableImage, centre_view, decode_image
+from tokdiv.data.loader import UnusableImage, center_view, decode_image
 from tokdiv.dist import choose_device, choose_dtype
 from tokdiv.errors import RunError, UsageError
-from tokdiv.plots import maps_figure, save_figure
+from tokdiv.figures.maps import maps_figure
+from tokdiv.figures.style import save_figure
 from tokdiv.similarity import cosine_map, token_similarity
-from tokdiv.spec import TeacherSpec
-from tokdiv.teacher import Teacher, load_teachers
+from tokdiv.teachers.load import load_teachers
+from tokdiv.teachers.spec import TeacherSpec
+from tokdiv.teachers.teacher import Teacher
 
-CENTRE = (0.5, 0.5)  # the query where none is given, in units of the view
+CENTER = (0.5, 0.5)  # the query where none is given, in units of the view
 
 
 def draw_maps(
@@ -38,7 +40,7 @@ def draw_maps(
         teachers: SPECs, TeacherSpecs or Teachers, a column each.
         out: .png, .svg or .pdf.
         query: two whole numbers are the (row, column) of a patch in the finest grid, counted from 0; other
-            two are a place in units of the view, 0 to 1. None is the centre.
+            two are a place in units of the view, 0 to 1. None is the center.
 
     Raises:
         UsageError: a file that is no image, a teacher that cannot be loaded, an unknown suffix, a query
@@ -60,7 +62,7 @@ def draw_maps(
             )
     for teacher in loaded:
         teacher.prepare(place, choose_dtype(dtype, place))
-    found = measure_maps(pictures, loaded, place, _in_view(query or CENTRE, loaded))
+    found = measure_maps(pictures, loaded, place, _in_view(query or CENTER, loaded))
     for image, similarities in zip(images, found.similarities):
         for teacher, similarity in zip(loaded, similarities):
             if math.isnan(similarity):
@@ -101,7 +103,7 @@ def measure_maps(
     pictures: Sequence[torch.Tensor],
     teachers: Sequence[Teacher],
     device: torch.device,
-    query: tuple[float, float] = CENTRE,
+    query: tuple[float, float] = CENTER,
 ) -> Maps:
     """The cosine of every token to the query token.
 
@@ -115,7 +117,7 @@ def measure_maps(
     for picture in pictures:
         cosines, places, scores = [], [], []
         for teacher in teachers:
-            view = centre_view(picture, teacher.size)
+            view = center_view(picture, teacher.size)
             tokens = teacher(view[None].to(device))
             rows, columns = teacher.grid
             cell = min(int(row * rows), rows - 1), min(int(column * columns), columns - 1)
@@ -124,7 +126,7 @@ def measure_maps(
             )
             places.append(cell)
             scores.append(float(token_similarity(tokens)[0]))
-        found.views.append(centre_view(picture, teachers[0].size).permute(1, 2, 0).numpy())
+        found.views.append(center_view(picture, teachers[0].size).permute(1, 2, 0).numpy())
         found.maps.append(cosines)
         found.tokens.append(places)
         found.similarities.append(scores)
@@ -139,7 +141,7 @@ def measure_maps(
 
 
 def _in_view(query: tuple[float, float], teachers: Sequence[Teacher]) -> tuple[float, float]:
-    """A query in units of the view; of a patch, its centre."""
+    """A query in units of the view; of a patch, its center."""
     if not all(isinstance(number, int) for number in query):
         return query
     rows, columns = max((teacher.grid for teacher in teachers), key=math.prod)

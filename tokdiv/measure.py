@@ -26,8 +26,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from tokdiv.autotune import choose_batch_size, compiles, expected_images
 from tokdiv.certify import Certificate, OrderCertifier, look_schedule
-from tokdiv.data import Batch, Source, open_source, permutation, read_batches
+from tokdiv.data.loader import Batch, Source, permutation, read_batches
+from tokdiv.data.open import open_source
 from tokdiv.dist import Processes, choose_dtype, processes
 from tokdiv.errors import Interrupted, RunError, SharedError, UsageError
 from tokdiv.ranking import (
@@ -43,9 +45,9 @@ from tokdiv.ranking import (
 )
 from tokdiv.scores import MEASURES, Scores, ScoreTable
 from tokdiv.similarity import pooled_similarity, token_similarity
-from tokdiv.spec import CUSTOM, TeacherSpec
-from tokdiv.teacher import Teacher, load_teachers, state_sha256
-from tokdiv.tuning import choose_batch_size, compiles, expected_images
+from tokdiv.teachers.load import load_teachers, state_sha256
+from tokdiv.teachers.spec import CUSTOM, TeacherSpec
+from tokdiv.teachers.teacher import Teacher
 
 MEAN_IMAGES = 256  # usable images that the mean token of `centred_similarity` is taken from
 SAVE_SECONDS = 12  # the first step to end later than this after a store is stored as well
@@ -113,7 +115,7 @@ def rank(
     """Rank teachers by the diversity of their tokens on the user's images.
 
     Args:
-        data: a folder of images, a .tar, shards, or a data set in timm's notation (`tokdiv.data`).
+        data: a folder of images, a .tar, shards, or a data set in timm's notation (`tokdiv.data.loader`).
         teachers: SPECs, TeacherSpecs, or Teachers made in code; labels must be unique.
         out: the folder RUN to write and to resume from; None keeps everything in memory.
         resume: go on with the RUN that is there; False moves it to RUN.bak-N.
@@ -199,7 +201,7 @@ def rank(
 def _report(folder: Path, ranking: Ranking, source: Source, teachers: list[Teacher]) -> None:
     """Show the run, which is whole: what fails in drawing it is said and spoils nothing."""
     try:
-        from tokdiv.report import FILES, write_report
+        from tokdiv.report.build import FILES, write_report
 
         for name in FILES:  # those of an earlier end would show another ranking
             (folder / name).unlink(missing_ok=True)
@@ -239,7 +241,7 @@ def _measure(judge: "_Judge | None", worker: "_Worker") -> None:
                 if verdict.error:
                     raise SharedError(verdict.error)
                 if verdict.signal:
-                    raise Interrupted(verdict.signal, stop)
+                    raise Interrupted(verdict.signal, f"{stop:,} images")
                 if verdict.replan:
                     break
                 worker.active, worker.rows = verdict.active, verdict.rows

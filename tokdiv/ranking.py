@@ -27,11 +27,11 @@ from tokdiv import __version__
 from tokdiv.certify import Certificate, confidence_sequence
 from tokdiv.errors import RunError, UsageError
 from tokdiv.scores import CHUNK, ScoreTable, write_skipped, write_whole
-from tokdiv.spec import CUSTOM, TeacherSpec
+from tokdiv.teachers.spec import CUSTOM, TeacherSpec
 
 if TYPE_CHECKING:
+    from tokdiv.data.source import Source
     from tokdiv.measure import Settings
-    from tokdiv.sources import Source
 
 Name = TypeVar("Name", int, str)
 
@@ -104,7 +104,7 @@ class Ranking:
 
     @property
     def best(self) -> TeacherSpec:
-        """The winner, as `load_teacher` and `img2vec.pretrain` take it."""
+        """The winner, as `load_teacher` and `img2vec.train` take it."""
         return self[self.best_name].spec
 
     @property
@@ -288,7 +288,7 @@ class Ranking:
         return remarks
 
     def write(self, folder: Path, table: ScoreTable) -> None:
-        """Write what RUN hands over: ranking, scores, skipped images. `tokdiv.report` draws it.
+        """Write what RUN hands over: ranking, scores, skipped images. `tokdiv.report.build` draws it.
 
         Raises:
             RunError: the disk is full or not writable.

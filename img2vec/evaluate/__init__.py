@@ -4,7 +4,7 @@ All three take a model (OUT of a pretraining, an exported folder, a checkpoint, 
 `tokdiv.Teacher`) and two data sets with classes. The features of an image are the mean of its tokens as a
 teacher gives them: a ViT's patch tokens after its final norm, the last feature map of a ConvNet.
 
-On many processes each calls with the same arguments, after `torch.distributed` is initialised. Every
+On many processes each calls with the same arguments, after `torch.distributed` is initialized. Every
 image is counted once: process r takes the positions r, r + world, ..., without padding.
 """
 
@@ -12,20 +12,20 @@ from img2vec.evaluate.encoder import load_encoder
 from img2vec.evaluate.features import Features, extract_features
 from img2vec.evaluate.finetune import finetune
 from img2vec.evaluate.knn import knn, weighted_knn
-from img2vec.evaluate.labelled import LabelledData, open_labelled, split_labelled
+from img2vec.evaluate.labeled import LabeledData, open_labeled, split_labeled
 from img2vec.evaluate.probe import probe
 from img2vec.evaluate.results import Results
 
 __all__ = [
     "Features",
-    "LabelledData",
+    "LabeledData",
     "Results",
     "extract_features",
     "finetune",
     "knn",
     "load_encoder",
-    "open_labelled",
+    "open_labeled",
     "probe",
-    "split_labelled",
+    "split_labeled",
     "weighted_knn",
 ]

@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from img2vec.evaluate.features import process
-from img2vec.evaluate.labelled import LabelledData
-from tokdiv.data import UnusableImage, decode_image
+from img2vec.evaluate.labeled import LabeledData
+from tokdiv.data.loader import UnusableImage, decode_image
 from tokdiv.errors import UsageError
-from tokdiv.spec import Triple
+from tokdiv.teachers.spec import Triple
 
 Transform = Callable[[Image.Image], Tensor]
 
@@ -45,7 +45,7 @@ class TrainingBatch:
 
 
 def training_batches(
-    data: LabelledData,
+    data: LabeledData,
     transform: Transform,
     size: int,
     *,
@@ -98,7 +98,7 @@ def _order(
 
 
 class _Augmented(Dataset[tuple[int, Tensor | None, int]]):
-    def __init__(self, data: LabelledData, transform: Transform, seed: int) -> None:
+    def __init__(self, data: LabeledData, transform: Transform, seed: int) -> None:
         self.data, self.transform, self.seed = data, transform, seed
 
     def __getitem__(self, at: tuple[int, int]) -> tuple[int, Tensor | None, int]:  # type: ignore[override]
@@ -164,10 +164,10 @@ def crop_and_flip(size: int) -> Transform:
 def randaugment(
     size: int, *, auto_augment: str, reprob: float, mean: Triple, std: Triple
 ) -> Transform:
-    """timm's: random resized crop, flip, RandAugment, normalisation, random erasing.
+    """timm's: random resized crop, flip, RandAugment, normalization, random erasing.
 
     Args:
-        size: of the result, float (3, size, size), normalised.
+        size: of the result, float (3, size, size), normalized.
         auto_augment: in timm's notation, as "rand-m9-mstd0.5-inc1"; "" for none.
         reprob: probability of random erasing.
         mean, std: of the RGB channels, in units of [0, 1].

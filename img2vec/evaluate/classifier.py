@@ -4,10 +4,10 @@ from typing import Any
 
 from torch import nn
 
-from tokdiv.architecture import create_model
 from tokdiv.errors import RunError, UsageError
-from tokdiv.spec import CUSTOM, HANDCRAFTED, Triple
-from tokdiv.teacher import Teacher
+from tokdiv.teachers.architecture import create_model
+from tokdiv.teachers.spec import CUSTOM, HANDCRAFTED, Triple
+from tokdiv.teachers.teacher import Teacher
 
 RANDOM_START = 2e-5  # deviation of the classifier's first weights, as in MAE
 
@@ -47,7 +47,7 @@ def build_classifier(
     nn.init.zeros_(classifier.bias)
     missing, _ = network.load_state_dict(weights, strict=False)
     fresh = sorted({name.rpartition(".")[0] for name in missing})
-    # The final norm of a ViT stays behind: it normalised tokens, and `fc_norm` their average.
+    # The final norm of a ViT stays behind: it normalized tokens, and `fc_norm` their average.
     if any(
         name.startswith(("blocks.", "stages.", "layer", "patch_embed", "stem")) for name in fresh
     ):

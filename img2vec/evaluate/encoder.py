@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from img2vec.export import WEIGHTS, export_student, is_timm_folder, read_student
 from tokdiv.dist import choose_device, choose_dtype
 from tokdiv.errors import UsageError
-from tokdiv.spec import TeacherSpec
-from tokdiv.teacher import DTYPES, Teacher, load_teacher
+from tokdiv.teachers.load import load_teacher
+from tokdiv.teachers.spec import TeacherSpec
+from tokdiv.teachers.teacher import DTYPES, Teacher
 
 FEATURES = ("mean", "cls")
 

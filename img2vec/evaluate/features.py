@@ -1,4 +1,4 @@
-"""Features of labelled images, on one process or many, each image once."""
+"""Features of labeled images, on one process or many, each image once."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from img2vec.evaluate.labelled import LabelledData
-from tokdiv.data import read_batches
+from img2vec.evaluate.labeled import LabeledData
+from tokdiv.data.loader import read_batches
 from tokdiv.errors import RunError, UsageError
 
 ROWS_A_GATHER = 65_536  # bounds what a gather holds on the device beside the features
@@ -34,7 +34,7 @@ class Features:
 
 def extract_features(
     tokens: Callable[[Tensor], Tensor],
-    data: LabelledData,
+    data: LabeledData,
     size: int,
     *,
     batch_size: int = 64,
@@ -42,11 +42,11 @@ def extract_features(
     device: str | torch.device = "cpu",
     description: str = "features",
 ) -> Features:
-    """The mean over its tokens of each image's centre view.
+    """The mean over its tokens of each image's center view.
 
     Args:
         tokens: uint8 images (B, 3, size, size) on `device` -> (B, K, C); a Teacher, or any function that
-            does its own normalisation and runs without gradients.
+            does its own normalization and runs without gradients.
         data: the images.
         size: side of the view in pixels.
         batch_size: images in a forward pass.

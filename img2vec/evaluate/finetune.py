@@ -22,14 +22,14 @@ from img2vec.evaluate.features import (
     process,
     sum_over_processes,
 )
-from img2vec.evaluate.labelled import LabelledData, open_labelled
+from img2vec.evaluate.labeled import LabeledData, open_labeled
 from img2vec.evaluate.optimization import learning_rate, warmup_remark
 from img2vec.evaluate.results import Results, describe_data
 from img2vec.evaluate.supervised import Recipe, accumulate_gradient, measure_accuracy, mixing_of
 from img2vec.export import save_model
 from tokdiv.dist import choose_device
 from tokdiv.errors import RunError, UsageError
-from tokdiv.teacher import Teacher
+from tokdiv.teachers.teacher import Teacher
 
 CHECKPOINT = "checkpoint.pt"
 
@@ -85,13 +85,13 @@ def finetune(
         accuracy there.
 
     Raises:
-        UsageError, RunError: see `load_encoder` and `open_labelled`; a model that is no whole network of
+        UsageError, RunError: see `load_encoder` and `open_labeled`; a model that is no whole network of
             timm's; a loss that is not finite.
     """
     check_positive(epochs=epochs, batch_size=batch_size, layer_decay=layer_decay)
     if micro_batch_size is not None:
         check_positive(micro_batch_size=micro_batch_size)
-    learn, measure = open_labelled(train, val)
+    learn, measure = open_labeled(train, val)
     place = choose_device(device)
     teacher = load_encoder(model, image_size=image_size, device="cpu", dtype="float32")
     rank, world = process()
@@ -176,8 +176,8 @@ def finetune(
 def _train(
     network: nn.Module,
     teacher: Teacher,
-    learn: LabelledData,
-    measure: LabelledData,
+    learn: LabeledData,
+    measure: LabeledData,
     recipe: Recipe,
     *,
     micro_batch_size: int,

@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbour classification of frozen features, as in DINO (arXiv 2104.14294, app. F.1)."""
+"""Weighted k-nearest-neighbor classification of frozen features, as in DINO (arXiv 2104.14294, app. F.1)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,10 +15,10 @@ from img2vec.evaluate.features import (
     process,
     sum_over_processes,
 )
-from img2vec.evaluate.labelled import open_labelled
+from img2vec.evaluate.labeled import open_labeled
 from img2vec.evaluate.results import Results, describe_data
 from tokdiv.errors import UsageError
-from tokdiv.teacher import Teacher
+from tokdiv.teachers.teacher import Teacher
 
 NEIGHBOURS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
@@ -45,9 +45,9 @@ def knn(
 
     Args:
         model, feature, image_size, device, dtype: see `load_encoder`.
-        train: DATA that the neighbours come from. val: DATA that is classified. Both with classes.
+        train: DATA that the neighbors come from. val: DATA that is classified. Both with classes.
         out: folder for results.json and results.csv; None writes nothing.
-        k: numbers of neighbours; one above the number of training images is left out.
+        k: numbers of neighbors; one above the number of training images is left out.
         temperature: of the votes.
         batch_size: images in a forward pass of one process.
         workers: decoding threads of one process; None for one per core.
@@ -56,10 +56,10 @@ def knn(
         top1_kN for each k, and top5_kN where there are five classes or more, in [0, 1].
 
     Raises:
-        UsageError, RunError: see `load_encoder`, `open_labelled`, `extract_features`.
+        UsageError, RunError: see `load_encoder`, `open_labeled`, `extract_features`.
     """
     check_positive(temperature=temperature, batch_size=batch_size, k=min(k, default=0))
-    learn, measure = open_labelled(train, val)
+    learn, measure = open_labeled(train, val)
     encoder = load_encoder(
         model, feature=feature, image_size=image_size, device=device, dtype=dtype
     )
@@ -76,7 +76,7 @@ def knn(
         )
         for data, description in ((learn, "features of train"), (measure, "features of val"))
     )
-    used = usable_neighbours(k, len(bank.labels))
+    used = usable_neighbors(k, len(bank.labels))
     rank, world = process()
     hits = weighted_knn_hits(
         bank.features,
@@ -119,7 +119,7 @@ def knn(
     return results
 
 
-def usable_neighbours(k: Sequence[int], num_train: int) -> list[int]:
+def usable_neighbors(k: Sequence[int], num_train: int) -> list[int]:
     """The distinct k up to the number of training images, ascending; that number where all exceed it."""
     return sorted({count for count in k if count <= num_train}) or [num_train]
 
@@ -142,7 +142,7 @@ def weighted_knn(
         num_classes: None for what the labels show.
         k, temperature: see `knn`.
     """
-    used = usable_neighbours(k, len(train_labels))
+    used = usable_neighbors(k, len(train_labels))
     if num_classes is None:
         num_classes = 1 + int(max(train_labels.max(), test_labels.max()))
     hits = weighted_knn_hits(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from img2vec.evaluate.features import Features, process
-from img2vec.evaluate.labelled import split_rows
+from img2vec.evaluate.labeled import split_rows
 from tokdiv.errors import UsageError
 
 # Of L-BFGS: the largest entry of the gradient, times the number of classes, at which a fit ends (at the
@@ -39,7 +39,7 @@ def fit_logistic(
         nn.Linear, len(mean), num_classes, dtype=torch.float64, device=device
     )
     with torch.no_grad():
-        # The standardisation is folded in, so that the classifier takes features as they are.
+        # The standardization is folded in, so that the classifier takes features as they are.
         classifier.weight.copy_(weight / std)
         classifier.bias.copy_(bias - (weight / std) @ mean)
     fitted = {"penalty": penalty, "gradient": gradient, "converged": gradient <= 10 * tolerance}
@@ -98,7 +98,7 @@ def logistic_regression(
     Minimises mean cross-entropy + penalty / 2 * sum of squared weights; the bias is free.
 
     Args:
-        features: float (N, C), standardised. labels: int64 (N,), 0 to num_classes - 1.
+        features: float (N, C), standardized. labels: int64 (N,), 0 to num_classes - 1.
         start: weights and bias to start from; zeros where None.
         tolerance: stop where no entry of the gradient exceeds it.
 

@@ -20,12 +20,12 @@ from img2vec.evaluate.features import (
     gather_rows,
     process,
 )
-from img2vec.evaluate.labelled import LabelledData, open_labelled
+from img2vec.evaluate.labeled import LabeledData, open_labeled
 from img2vec.evaluate.logistic import fit_logistic
 from img2vec.evaluate.optimization import Lars, learning_rate, warmup_remark
 from img2vec.evaluate.results import Results, describe_data
 from tokdiv.errors import RunError, UsageError
-from tokdiv.teacher import Teacher
+from tokdiv.teachers.teacher import Teacher
 
 SOLVERS = ("lars", "lbfgs")
 # LARS moves a weight by at most lr * trust * |w| / (1 - momentum) a step. Where the sum of this over the
@@ -59,7 +59,7 @@ def probe(
 
     `solver="lars"` is MAE's recipe (arXiv 2111.06377, app. A.1): BatchNorm without affine parameters, a
     linear layer, LARS without weight decay, random resized crops and flips, cosine with warm-up.
-    `solver="lbfgs"` fits the same classifier to features of the centre views until the gradient vanishes.
+    `solver="lbfgs"` fits the same classifier to features of the center views until the gradient vanishes.
 
     Args:
         model, feature, image_size, device, dtype: see `load_encoder`.
@@ -78,19 +78,19 @@ def probe(
         top1, and top5 where there are five classes or more, in [0, 1], of the last state.
 
     Raises:
-        UsageError, RunError: see `load_encoder`, `open_labelled`, `extract_features`.
+        UsageError, RunError: see `load_encoder`, `open_labeled`, `extract_features`.
     """
     if solver not in SOLVERS:
         raise UsageError(f"--solver {solver}: expected one of {', '.join(SOLVERS)}")
     check_positive(epochs=epochs, batch_size=batch_size, encode_batch_size=encode_batch_size)
-    learn, measure = open_labelled(train, val)
+    learn, measure = open_labeled(train, val)
     encoder = load_encoder(
         model, feature=feature, image_size=image_size, device=device, dtype=dtype
     )
     place = encoder.mean.device
     workers = default_workers() if workers is None else workers
 
-    def features_of(data: LabelledData, description: str) -> Features:
+    def features_of(data: LabeledData, description: str) -> Features:
         return extract_features(
             encoder,
             data,
@@ -202,7 +202,7 @@ def _movement(peak: float, epochs: int, num_steps: int) -> float:
 
 def _train_lars(
     encoder: Teacher,
-    data: LabelledData,
+    data: LabeledData,
     *,
     epochs: int,
     warmup_epochs: float,

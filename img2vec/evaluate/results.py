@@ -71,7 +71,7 @@ class Results:
 
 
 def describe_data(train: Any, val: Any, train_skipped: int, val_skipped: int) -> dict[str, Any]:
-    """The data of an evaluation, from two LabelledData and how many images of each are unusable."""
+    """The data of an evaluation, from two LabeledData and how many images of each are unusable."""
 
     def side(data: Any, skipped: int) -> dict[str, Any]:
         return {

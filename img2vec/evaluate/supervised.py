@@ -13,8 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from img2vec.evaluate.augment import TrainingBatch, seeded
 from img2vec.evaluate.features import process, sum_over_processes
-from img2vec.evaluate.labelled import LabelledData
-from tokdiv.data import read_batches
+from img2vec.evaluate.labeled import LabeledData
+from tokdiv.data.loader import read_batches
 from tokdiv.errors import RunError
 
 
@@ -98,7 +98,7 @@ def mixing_of(recipe: Recipe, num_classes: int) -> Any:
 @torch.no_grad()
 def measure_accuracy(
     network: nn.Module,
-    data: LabelledData,
+    data: LabeledData,
     mean: Tensor,
     std: Tensor,
     recipe: Recipe,
@@ -134,7 +134,7 @@ def measure_accuracy(
 
 
 def _views(
-    data: LabelledData, size: int, rank: int, world: int, batch_size: int, workers: int
+    data: LabeledData, size: int, rank: int, world: int, batch_size: int, workers: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     mine = np.arange(rank, len(data), world, dtype=np.int64)
     blocks = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]

@@ -15,15 +15,15 @@ def _one_thread():
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory) -> Path:
-    """24 small pictures in two classes: stripes and discs on coloured ground."""
+    """24 small pictures in two classes: stripes and discs on colored ground."""
     folder = tmp_path_factory.mktemp("photos")
     draw = np.random.default_rng(0)
     rows, columns = np.mgrid[:72, :80]
     for number in range(24):
         kind = ("disc", "stripes")[number % 2]
         if kind == "disc":
-            centre = draw.uniform(20, 50, 2)
-            shape = np.hypot(rows - centre[0], columns - centre[1]) < draw.uniform(10, 25)
+            center = draw.uniform(20, 50, 2)
+            shape = np.hypot(rows - center[0], columns - center[1]) < draw.uniform(10, 25)
         else:
             shape = (rows * draw.uniform(0.2, 1) + columns) % 12 < 6
         ground, ink = draw.integers(0, 256, (2, 3))

@@ -9,7 +9,7 @@ from small import SMALL
 
 import img2vec
 import img2vec.log
-import img2vec.pretrain as module
+import img2vec.train as module
 from tokdiv.errors import UsageError
 
 

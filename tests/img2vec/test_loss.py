@@ -2,16 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from img2vec.loss import (
-    area_weights,
-    global_loss,
-    make_targets,
-    normalise,
-    patch_loss,
-    resample,
-    split_targets,
-)
+from img2vec.loss import global_loss, patch_loss
 from img2vec.masking import plan_layout
+from img2vec.targets import area_weights, make_targets, normalize, resample, split_targets
 
 
 def _slow_area_mean(tokens: np.ndarray, grid, to) -> np.ndarray:
@@ -43,16 +36,16 @@ def test_area_weights_of_equal_grids_are_the_identity():
     assert torch.equal(area_weights(7, 7), torch.eye(7))
 
 
-def test_normalised_tokens_have_the_stated_scale():
+def test_normalized_tokens_have_the_stated_scale():
     tokens = torch.randn(2, 5, 64) * 7 + 3
-    layer = normalise(tokens, "layer")
+    layer = normalize(tokens, "layer")
     torch.testing.assert_close(layer.mean(-1), torch.zeros(2, 5), atol=1e-5, rtol=0)
     torch.testing.assert_close(layer.var(-1, correction=0), torch.ones(2, 5))
-    torch.testing.assert_close(normalise(tokens, "l2").norm(dim=-1), torch.ones(2, 5))
-    assert normalise(tokens, "none") is tokens
+    torch.testing.assert_close(normalize(tokens, "l2").norm(dim=-1), torch.ones(2, 5))
+    assert normalize(tokens, "none") is tokens
 
 
-def test_targets_are_resampled_before_they_are_normalised():
+def test_targets_are_resampled_before_they_are_normalized():
     layout = plan_layout(64, 16, 32, 0.5, (8, 8), "resample-teacher")
     tokens = torch.randn(2, 64, 6, dtype=torch.float64)
     targets = make_targets(tokens, (8, 8), layout, "layer")

@@ -15,7 +15,7 @@ from img2vec.model import (
     resolve_blocks,
     sine_positions,
 )
-from img2vec.pretrain import image_losses
+from img2vec.train import image_losses
 from tokdiv.errors import UsageError
 
 NO_AUTOCAST = torch.autocast("cpu", enabled=False)
@@ -215,7 +215,7 @@ def test_with_all_patches_visible_the_encoder_is_the_vit_that_is_exported():
     torch.testing.assert_close(encoded[:, 1:], model.tokens(batch.images), atol=1e-5, rtol=1e-5)
 
 
-def test_the_representation_is_the_mean_of_the_normalised_blocks():
+def test_the_representation_is_the_mean_of_the_normalized_blocks():
     model = make_model(student_args={"depth": 3}).eval()
     batch = _batch(model, 2)
     visible = torch.arange(6).repeat(2, 1)
@@ -252,7 +252,7 @@ def test_students_with_registers_or_without_a_class_token_are_plain_too():
             encoded = model.encode(batch.images, torch.arange(16).repeat(2, 1))
         prefix = model.encoder.num_prefix_tokens
         expected = model.tokens(batch.images)
-        if "global_pool" in arguments:  # timm normalises such a student after pooling only
+        if "global_pool" in arguments:  # timm normalizes such a student after pooling only
             expected = torch.nn.functional.layer_norm(expected, expected.shape[-1:], eps=1e-6)
         torch.testing.assert_close(encoded[:, prefix:], expected, atol=1e-5, rtol=1e-5)
 

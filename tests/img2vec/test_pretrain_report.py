@@ -15,10 +15,10 @@ import torch
 from small import SMALL, make_teacher
 
 import img2vec
-import img2vec.pretrain as pretraining
 import img2vec.report as module
-from img2vec.plots import POINTS, loss_figure, read_metrics, watch_figure
-from img2vec.report import colours_of, write_report
+import img2vec.train as pretraining
+from img2vec.figures import POINTS, loss_figure, read_metrics, watch_figure
+from img2vec.report import colors_of, write_report
 from tokdiv.errors import UsageError
 
 
@@ -174,13 +174,13 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
         write_report(tmp_path)
 
 
-def test_colours_are_the_principal_components_and_predictions_take_the_same():
+def test_colors_are_the_principal_components_and_predictions_take_the_same():
     generator = torch.Generator().manual_seed(0)
     scale = torch.tensor([5.0, 3.0, 2.0, 0.1, 0.1])
     targets = torch.randn(2, 50, 5, generator=generator) * scale
     masked = torch.stack([torch.arange(0, 20), torch.arange(10, 30)])
     hidden = targets.gather(1, masked[..., None].expand(-1, -1, 5))
-    shown, guessed = colours_of(targets, hidden, masked)
+    shown, guessed = colors_of(targets, hidden, masked)
     for image in range(2):
         np.testing.assert_allclose(guessed[image, masked[image]], shown[image, masked[image]])
     assert np.isnan(guessed).all(axis=2).sum() == 60
@@ -196,7 +196,7 @@ def test_colours_are_the_principal_components_and_predictions_take_the_same():
         assert abs(np.corrcoef(*pair)[0, 1]) == pytest.approx(1, abs=1e-9)
 
 
-def test_colours_are_computed_where_float64_is_known():
+def test_colors_are_computed_where_float64_is_known():
     class OnMPS(torch.Tensor):
         """As a tensor on MPS: no float64 but on the CPU."""
 
@@ -208,8 +208,8 @@ def test_colours_are_computed_where_float64_is_known():
 
     targets, masked = torch.randn(2, 9, 4), torch.arange(5).expand(2, 5)
     hidden = targets.gather(1, masked[..., None].expand(-1, -1, 4))
-    expected = colours_of(targets, hidden, masked)
-    found = colours_of(targets.as_subclass(OnMPS), hidden.as_subclass(OnMPS), masked)
+    expected = colors_of(targets, hidden, masked)
+    found = colors_of(targets.as_subclass(OnMPS), hidden.as_subclass(OnMPS), masked)
     for one, other in zip(found, expected):
         np.testing.assert_array_equal(one, other)
 

@@ -1,6 +1,6 @@
 """Images that carry a number, and teachers that give each number a known similarity.
 
-An image is one colour, the four base-16 digits of its number less the highest; a teacher reads the number
+An image is one color, the four base-16 digits of its number less the highest; a teacher reads the number
 back and looks up two tokens with the wanted cosine, so S(x) is known for every image and every teacher, and
 does not depend on the batch it comes in.
 """
@@ -20,17 +20,18 @@ from PIL import Image
 from torch import Tensor, nn
 
 from tokdiv import Teacher
-from tokdiv.data import open_source, permutation
+from tokdiv.data.loader import permutation
+from tokdiv.data.open import open_source
 
 SIZE = 32  # pixels of the views
 ROOT = Path(__file__).parents[2]
 
 
 def coded_image(number: int) -> bytes:
-    """A PNG in one colour, which survives any resize."""
-    colour = tuple(16 * (number // 16**place % 16) + 8 for place in (2, 1, 0))
+    """A PNG in one color, which survives any resize."""
+    color = tuple(16 * (number // 16**place % 16) + 8 for place in (2, 1, 0))
     file = io.BytesIO()
-    Image.new("RGB", (4, 4), colour).save(file, "PNG")
+    Image.new("RGB", (4, 4), color).save(file, "PNG")
     return file.getvalue()
 
 

@@ -60,7 +60,7 @@ class TestRank:
     ) -> tuple[Path, subprocess.CompletedProcess[str]]:
         folder = tmp_path_factory.mktemp("run")
         own = teacher_file(folder / "own.py", COLUMN)
-        arguments = ["rank", coded, "-t", "pixels,grey=hog", "--teacher-module", own]
+        arguments = ["rank", coded, "-t", "pixels,gray=hog", "--teacher-module", own]
         arguments += ["-t", "noise=timm:test_vit@random", "-o", folder / "RUN", *TINY]
         return folder / "RUN", run_tokdiv(*arguments, "--certify", "none")
 
@@ -71,7 +71,7 @@ class TestRank:
         assert result.returncode == 0, result.stderr
         ranking = json.loads((out / "ranking.json").read_text())
         assert ranking["best"] == "own"  # the only one that is no baseline
-        assert {t["name"] for t in ranking["teachers"]} == {"pixels", "grey", "noise", "own"}
+        assert {t["name"] for t in ranking["teachers"]} == {"pixels", "gray", "noise", "own"}
         own = next(t for t in ranking["teachers"] if t["name"] == "own")
         usable = [n for n in numbers_in_order(coded) if n != 9]
         mean = COLUMN[usable].astype(np.float64).mean()
@@ -369,7 +369,7 @@ class TestHelp:
             "dim",
             "parameters",
             "weights",
-            "licence",
+            "license",
         }
         assert all(required | {"cached"} <= set(row) for row in rows)
         code, table, _ = call(capsys, "teachers")

@@ -10,7 +10,7 @@ from PIL import Image
 
 import tokdiv
 import tokdiv.maps
-from tokdiv.data import centre_view, decode_image
+from tokdiv.data.loader import center_view, decode_image
 from tokdiv.errors import RunError, UsageError
 from tokdiv.maps import draw_maps
 
@@ -85,7 +85,7 @@ def test_cosines_are_those_to_the_query_token(
     for row, path in enumerate(images):
         for column, spec in enumerate(TEACHERS):
             teacher = tokdiv.load_teacher(spec, image_size=64)
-            view = centre_view(decode_image(path.read_bytes()), teacher.size)
+            view = center_view(decode_image(path.read_bytes()), teacher.size)
             tokens = teacher(view[None])[0].double()
             place = drawn["tokens"][row][column]
             chosen = tokens[place[0] * teacher.grid[1] + place[1]]

@@ -75,7 +75,7 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number, (height, width) in enumerate([(64, 80), (96, 40), (32, 32), (200, 56)]):
         Image.fromarray(noise(height, width, 3)).save(folder / "a" / f"rgb{number}.png")
     Image.fromarray(noise(64, 64, 3)).save(folder / "photo.jpg", quality=90)
-    Image.fromarray(noise(64, 48)).save(folder / "grey.png")
+    Image.fromarray(noise(64, 48)).save(folder / "gray.png")
     Image.fromarray(noise(64, 48, 4), "CMYK").save(folder / "cmyk.tif")
     Image.fromarray(noise(48, 64, 4), "RGBA").save(folder / "alpha.png")
     Image.fromarray(noise(48, 64).astype(np.uint16) * 257).save(folder / "sixteen.png")
@@ -117,7 +117,7 @@ def naive_similarity(tokens: np.ndarray) -> float:
 
 
 def naive_tokens(name: str, view: np.ndarray, networks: dict[str, nn.Module]) -> np.ndarray:
-    """(K, C) float64 of one view, normalised with the mean and std that timm records."""
+    """(K, C) float64 of one view, normalized with the mean and std that timm records."""
     if name == "pixels":
         x = (view / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
         cells = x.reshape(x.shape[0] // 16, 16, x.shape[1] // 16, 16, 3)
@@ -181,11 +181,11 @@ class TestScoresOfRealNetworks:
     ) -> None:
         table = pd.read_parquet(run / "scores.parquet").set_index("key")
         networks = {n: Trunk(n.split(":")[1].split("@")[0], self.size) for n in self.names[2:]}
-        from tokdiv.data import centre_view, decode_image
+        from tokdiv.data.loader import center_view, decode_image
 
         for key in table.index:
             data = next(photographs.rglob(Path(key).name)).read_bytes()
-            view = centre_view(decode_image(data), self.size).permute(1, 2, 0).numpy()
+            view = center_view(decode_image(data), self.size).permute(1, 2, 0).numpy()
             for name in ("pixels", *self.names[2:]):
                 column = next(c for c in table.columns if name.split(":")[-1].split("@")[0] in c)
                 expected = naive_similarity(naive_tokens(name, view, networks))
@@ -212,7 +212,7 @@ class TestScoresOfRealNetworks:
         assert {str(table.schema.field(name).type) for name in names} == {"float"}
         assert str(table.schema.field("position").type) == "int64"
         source = tokdiv.measure.open_source(str(photographs))
-        order = tokdiv.data.permutation(source.count, 0)
+        order = tokdiv.data.loader.permutation(source.count, 0)
         keys = [source.key(int(i)) for i in order]
         positions = table.column("position").to_pylist()
         assert positions == sorted(positions)
@@ -264,7 +264,7 @@ def noisy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """300 images, two of the first 256 in the order and one behind them unusable."""
     folder = tmp_path_factory.mktemp("noisy")
     generator = np.random.default_rng(5)
-    order = tokdiv.data.permutation(300, 0)
+    order = tokdiv.data.loader.permutation(300, 0)
     broken = {int(order[17]), int(order[101]), int(order[270])}
     for number in range(300):
         data = generator.integers(0, 256, (8, 8, 3), np.uint8)
@@ -284,12 +284,12 @@ def noisy_tokens(noisy: Path) -> list[np.ndarray]:
     """(64, 9) float64 of each usable image, in the order of the run."""
     source = tokdiv.measure.open_source(str(noisy))
     teacher, tokens = patches(), []
-    for index in tokdiv.data.permutation(300, 0):
+    for index in tokdiv.data.loader.permutation(300, 0):
         try:
-            image = tokdiv.data.decode_image(source.read(int(index)))
-        except tokdiv.data.UnusableImage:
+            image = tokdiv.data.loader.decode_image(source.read(int(index)))
+        except tokdiv.data.loader.UnusableImage:
             continue
-        view = tokdiv.data.centre_view(image, SIZE)
+        view = tokdiv.data.loader.center_view(image, SIZE)
         tokens.append(teacher(view[None])[0].double().numpy())
     assert len(tokens) == 297
     return tokens
@@ -470,7 +470,7 @@ class TestBest:
         trained, other = similarities(COUNT, 0.3, 0.5)
         teachers = [coded_teacher("a", trained), coded_teacher("b", other), "pixels"]
         ranking = tokdiv.rank(coded, teachers, certify="best", image_size=SIZE, **TINY)
-        assert ranking.best_name == "a"  # pixels of one colour: similarity 1
+        assert ranking.best_name == "a"  # pixels of one color: similarity 1
         assert ranking["pixels"].rank == 3 and ranking["pixels"].mean_similarity == pytest.approx(1)
 
 
@@ -668,9 +668,9 @@ def test_an_image_is_decoded_once_for_all_teachers(
     coded: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoded = []
-    decode = tokdiv.data.decode_image
+    decode = tokdiv.data.loader.decode_image
     monkeypatch.setattr(
-        tokdiv.data, "decode_image", lambda data: (decoded.append(1), decode(data))[1]
+        tokdiv.data.loader, "decode_image", lambda data: (decoded.append(1), decode(data))[1]
     )
     teachers = ["pixels", "hog", "other=pixels:size=48", "timm:test_vit@random"]
     tokdiv.rank(coded, teachers, certify="none", max_images=70, image_size=32, **TINY)
@@ -681,6 +681,8 @@ def test_coded_images_are_read_back() -> None:
     """The oracle's own check."""
     teacher = coded_teacher("a", np.linspace(-1, 1, 4096))
     for number in (0, 1, 15, 16, 255, 256, 4095):
-        view = tokdiv.data.centre_view(tokdiv.data.decode_image(coded_image(number)), SIZE)
+        view = tokdiv.data.loader.center_view(
+            tokdiv.data.loader.decode_image(coded_image(number)), SIZE
+        )
         teacher(view[None])
     assert teacher.module.seen == [0, 1, 15, 16, 255, 256, 4095]

@@ -11,7 +11,7 @@ import pytest
 from fakes import SIZE, coded_tar, coded_teacher, similarities
 
 import tokdiv
-import tokdiv.data
+import tokdiv.data.loader
 from tokdiv.certify import certify_order
 from tokdiv.errors import UsageError
 from tokdiv.measure import Settings
@@ -127,7 +127,7 @@ def test_config_tells_of_how_many_processes_it_was(
 ) -> None:
     assert json.loads((run / "config.json").read_text())["world"] == 1
     monkeypatch.setenv("WORLD_SIZE", "3")
-    source = tokdiv.data.open_source(str(run.parent / "images.tar"))
+    source = tokdiv.data.loader.open_source(str(run.parent / "images.tar"))
     with open_run(tmp_path / "RUN", source, Settings(), [tokdiv.TeacherSpec("x", "hog")], True):
         pass
     assert json.loads((tmp_path / "RUN" / "config.json").read_text())["world"] == 3
@@ -145,7 +145,7 @@ def test_the_batch_size_of_a_run(
 
 
 def test_a_run_has_one_writer_at_a_time(run: Path, tmp_path: Path) -> None:
-    source = tokdiv.data.open_source(str(run.parent / "images.tar"))
+    source = tokdiv.data.loader.open_source(str(run.parent / "images.tar"))
     arguments = (tmp_path / "RUN", source, Settings(), [tokdiv.TeacherSpec("x", "hog")])
     with open_run(*arguments, resume=True):
         for resume in (True, False):

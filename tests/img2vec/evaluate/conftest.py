@@ -1,4 +1,4 @@
-"""Small pictures of six classes that differ in colour, some damaged, and a tiny untrained ViT."""
+"""Small pictures of six classes that differ in color, some damaged, and a tiny untrained ViT."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 CLASSES = ("apple", "bird", "cat", "dog", "egg", "fish")
-COLOURS = np.array(
+COLORS = np.array(
     [[220, 40, 40], [40, 200, 60], [50, 60, 220], [210, 200, 40], [200, 50, 200], [60, 200, 200]]
 )
 TINY = "timm:vit_tiny_patch16_224@random:depth=2:embed_dim=32:num_heads=2:size=32"
@@ -21,9 +21,7 @@ def draw(folder: Path, counts: dict[str, int], seed: int, noise: float = 40.0) -
         (folder / name).mkdir(parents=True)
         for number in range(count):
             stripes = 40 * np.sign(np.sin(np.arange(40) / (2 + number % 3)))[:, None, None]
-            pixels = (
-                COLOURS[CLASSES.index(name)] + stripes + generator.normal(0, noise, (40, 44, 3))
-            )
+            pixels = COLORS[CLASSES.index(name)] + stripes + generator.normal(0, noise, (40, 44, 3))
             image = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
             image.save(folder / name / f"{number}.png")
     return folder

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from img2vec.evaluate import extract_features, knn, load_encoder, open_labelled, weighted_knn
+from img2vec.evaluate import extract_features, knn, load_encoder, open_labeled, weighted_knn
 from img2vec.evaluate import knn as knn_command
-from img2vec.evaluate.knn import usable_neighbours, weighted_knn_hits
+from img2vec.evaluate.knn import usable_neighbors, weighted_knn_hits
 from tokdiv.errors import RunError, UsageError
 
 
 def brute_force(train, train_labels, test, test_labels, num_classes, k, temperature):
-    """Image by image and neighbour by neighbour, in float64: (right at first, right among five)."""
+    """Image by image and neighbor by neighbor, in float64: (right at first, right among five)."""
     first = five = 0
     for feature, label in zip(test.astype(np.float64), test_labels):
         similarities = []
@@ -37,9 +37,9 @@ def brute_force(train, train_labels, test, test_labels, num_classes, k, temperat
 
 def some_features(num_train=90, num_test=40, dim=12, num_classes=7, seed=0):
     generator = np.random.default_rng(seed)
-    centres = generator.normal(size=(num_classes, dim))
+    centers = generator.normal(size=(num_classes, dim))
     labels = generator.integers(num_classes, size=num_train + num_test)
-    features = centres[labels] + 1.5 * generator.normal(size=(num_train + num_test, dim))
+    features = centers[labels] + 1.5 * generator.normal(size=(num_train + num_test, dim))
     features *= generator.uniform(
         0.1, 10, size=(num_train + num_test, 1)
     )  # lengths must not matter
@@ -63,15 +63,15 @@ def test_votes_equal_those_of_brute_force(monkeypatch, temperature, chunk):
     assert 0 < hits[10][0] < len(test)  # neither trivially wrong nor right
 
 
-def test_a_low_temperature_makes_it_the_nearest_neighbour():
+def test_a_low_temperature_makes_it_the_nearest_neighbor():
     train, train_labels, test, test_labels = map(torch.from_numpy, some_features())
     found = weighted_knn(train, train_labels, test, test_labels, k=[1, 50], temperature=1e-5)
     assert found[1] == found[50]
 
 
 def test_a_k_above_the_number_of_training_images_is_left_out():
-    assert usable_neighbours((10, 20, 100, 200), 50) == [10, 20]
-    assert usable_neighbours((10, 20), 7) == [7]
+    assert usable_neighbors((10, 20, 100, 200), 50) == [10, 20]
+    assert usable_neighbors((10, 20), 7) == [7]
     train, train_labels, test, test_labels = map(torch.from_numpy, some_features(num_train=15))
     assert list(weighted_knn(train, train_labels, test, test_labels)) == [10]
 
@@ -83,7 +83,7 @@ def test_command_classifies_each_usable_image_once_and_writes_its_files(pictures
     assert results.data["val"]["images"] == 23
     assert results.data["val"]["skipped"] == 1
     assert list(results.metrics) == ["top1_k5", "top5_k5", "top1_k20", "top5_k20"]
-    assert results.metrics["top1_k5"] > 0.5  # colours are seen by an untrained ViT as well
+    assert results.metrics["top1_k5"] > 0.5  # colors are seen by an untrained ViT as well
     assert "k = 200 left out: there are 49" in results.notes[0]
 
     stored = json.loads((tmp_path / "knn" / "results.json").read_text())
@@ -103,9 +103,7 @@ def test_command_classifies_each_usable_image_once_and_writes_its_files(pictures
 def test_command_agrees_with_brute_force_on_the_teachers_tokens(pictures, tiny):
     results = knn(tiny, *pictures, k=(10,), dtype="float32")
     encoder = load_encoder(tiny, dtype="float32")
-    train, val = (
-        extract_features(encoder, data, encoder.size) for data in open_labelled(*pictures)
-    )
+    train, val = (extract_features(encoder, data, encoder.size) for data in open_labeled(*pictures))
     first, five = brute_force(
         *(part.numpy() for part in (train.features, train.labels, val.features, val.labels)),
         6,
@@ -116,15 +114,15 @@ def test_command_agrees_with_brute_force_on_the_teachers_tokens(pictures, tiny):
 
 
 def test_features_are_the_mean_of_the_tokens_of_each_view(pictures, tiny):
-    from tokdiv.data import centre_view, decode_image
+    from tokdiv.data.loader import center_view, decode_image
 
     encoder = load_encoder(tiny, dtype="float32")
-    _, val = open_labelled(*pictures)
+    _, val = open_labeled(*pictures)
     found = extract_features(encoder, val, 32, batch_size=5)
     assert found.skipped == 1
     for feature, label, row in zip(found.features, found.labels, found.rows):
         index = int(val.indices[row])
-        view = centre_view(decode_image(val.source.read(index)), 32)
+        view = center_view(decode_image(val.source.read(index)), 32)
         torch.testing.assert_close(feature, encoder(view[None])[0].mean(dim=0))
         assert val.source.key(index).startswith(val.classes[label] + "/")
 
@@ -153,7 +151,7 @@ def test_features_that_are_not_finite_stop_the_run(pictures):
     def broken(images):
         return torch.full((len(images), 1, 4), math.nan)
 
-    train, _ = open_labelled(*pictures)
+    train, _ = open_labeled(*pictures)
     with pytest.raises(RunError, match="not finite"):
         extract_features(broken, train, 32)
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from img2vec.evaluate import load_encoder, open_labelled, split_labelled
-from img2vec.evaluate.labelled import split_rows
-from tokdiv.data import open_source
+from img2vec.evaluate import load_encoder, open_labeled, split_labeled
+from img2vec.evaluate.labeled import split_rows
+from tokdiv.data.open import open_source
 from tokdiv.errors import UsageError
 
 
@@ -23,7 +23,7 @@ def folders(root: Path, counts: dict[str, int]) -> str:
 def test_classes_are_matched_by_name(tmp_path):
     train = folders(tmp_path / "train", {"ant": 2, "bee": 1, "cow": 3})
     val = folders(tmp_path / "val", {"bee": 2, "cow": 1})
-    learn, measure = open_labelled(train, val)
+    learn, measure = open_labeled(train, val)
     assert learn.labels.tolist() == [0, 0, 1, 2, 2, 2]
     assert measure.labels.tolist() == [1, 1, 2]  # train's numbers, not val's own 0 and 1
     assert measure.classes == ["ant", "bee", "cow"]
@@ -33,50 +33,50 @@ def test_a_class_that_train_lacks_is_named(tmp_path):
     train = folders(tmp_path / "train", {"ant": 1, "bee": 1})
     val = folders(tmp_path / "val", {"bee": 1, "cow": 1})
     with pytest.raises(UsageError, match=r"'.*val' has classes that '.*train' lacks: cow"):
-        open_labelled(train, val)
+        open_labeled(train, val)
 
 
 def test_a_folder_without_classes_is_refused_in_one_line(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
     with pytest.raises(UsageError, match="has no classes, which an evaluation needs") as error:
-        open_labelled(str(tmp_path), str(tmp_path))
+        open_labeled(str(tmp_path), str(tmp_path))
     assert "\n" not in str(error.value)
 
 
 def test_a_single_class_is_refused(tmp_path):
     train = folders(tmp_path / "train", {"ant": 3})
     with pytest.raises(UsageError, match=r"one class only \('ant'\)"):
-        open_labelled(train, train)
+        open_labeled(train, train)
 
 
 def test_labels_below_zero_are_refused(tmp_path, monkeypatch):
-    from img2vec.evaluate.labelled import labelled
+    from img2vec.evaluate.labeled import labeled
 
     source = open_source(folders(tmp_path / "train", {"ant": 1, "bee": 1}))
     source.labels = np.array([-1, 0])
     with pytest.raises(UsageError, match="1 of 2 images have no class"):
-        labelled(source)
+        labeled(source)
 
 
 def test_numbers_serve_where_there_are_no_names(tmp_path):
-    from img2vec.evaluate.labelled import labelled
+    from img2vec.evaluate.labeled import labeled
 
     source = open_source(folders(tmp_path / "train", {"ant": 1, "bee": 2}))
     source.classes = None
-    assert labelled(source).classes == ["0", "1"]
+    assert labeled(source).classes == ["0", "1"]
 
 
 def test_a_stream_is_refused():
-    from img2vec.evaluate.labelled import labelled
-    from tokdiv.data import Source
+    from img2vec.evaluate.labeled import labeled
+    from tokdiv.data.loader import Source
 
     with pytest.raises(UsageError, match="is a stream"):
-        labelled(Source("wds/shards", None, "", permutable=False))
+        labeled(Source("wds/shards", None, "", permutable=False))
 
 
 def test_split_holds_out_a_share_of_every_class(tmp_path):
     data = folders(tmp_path / "data", {"ant": 10, "bee": 1, "cow": 5})
-    kept, held_out = split_labelled(open_source(data), fraction=0.2, seed=3)
+    kept, held_out = split_labeled(open_source(data), fraction=0.2, seed=3)
     assert np.bincount(kept.labels).tolist() == [8, 1, 4]
     assert np.bincount(held_out.labels).tolist() == [2, 0, 1]
     assert sorted([*kept.indices, *held_out.indices]) == list(range(16))

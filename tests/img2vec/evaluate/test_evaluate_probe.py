@@ -11,7 +11,7 @@ from scipy.special import logsumexp
 
 from img2vec.evaluate import probe
 from img2vec.evaluate.augment import crop_and_flip, seeded, training_batches
-from img2vec.evaluate.labelled import open_labelled
+from img2vec.evaluate.labeled import open_labeled
 from img2vec.evaluate.logistic import logistic_regression
 from img2vec.evaluate.optimization import Lars, learning_rate, warmup_remark
 from img2vec.evaluate.probe import accuracy, batchnorm_linear
@@ -103,7 +103,7 @@ def test_lbfgs_finds_the_optimum_that_scipy_finds(penalty):
     assert gradient < 1e-6
 
 
-def test_classifier_normalises_without_parameters_of_its_own():
+def test_classifier_normalizes_without_parameters_of_its_own():
     classifier = batchnorm_linear(8, 3, seed=0)
     assert [tuple(p.shape) for p in classifier.parameters()] == [(3, 8), (3,)]
     assert classifier[0].eps == 1e-6
@@ -117,7 +117,7 @@ def test_accuracy_counts_the_first_and_the_first_five():
 
 
 def test_augmentation_is_of_seed_epoch_and_place_alone(pictures):
-    train, _ = open_labelled(*pictures)
+    train, _ = open_labeled(*pictures)
 
     def images(seed, workers, batch_size, first_epoch=0):
         found = {}

@@ -10,14 +10,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from img2vec.evaluate import extract_features, finetune, knn, load_encoder, open_labelled, probe
+from img2vec.evaluate import extract_features, finetune, knn, load_encoder, open_labeled, probe
 from img2vec.evaluate.features import gather_rows
 
 
 def evaluate_all(tiny: str, pictures: tuple[str, str], folder: Path) -> None:
     """Everything that is compared, into `folder`; called by every process."""
     encoder = load_encoder(tiny, device="cpu", dtype="float32")
-    train, _ = open_labelled(*pictures)
+    train, _ = open_labeled(*pictures)
     features = extract_features(encoder, train, 32, batch_size=8, workers=1)
     if not dist.is_initialized() or dist.get_rank() == 0:
         torch.save(features.__dict__, folder / "features.pt")

@@ -1,0 +1,123 @@
+"""The zoo's literals held to timm: configurations, and counts from weightless (meta) networks."""
+
+import re
+
+import pytest
+import timm
+import torch
+
+from tokdiv.teachers.load import _has_final_norm
+from tokdiv.teachers.spec import HANDCRAFTED, TeacherSpec
+from tokdiv.teachers.zoo import GROUPS, ZOO
+
+NETWORKS = [spec for spec in ZOO.values() if spec.architecture not in HANDCRAFTED]
+FROM_TIMM = [spec for spec in NETWORKS if (spec.weights or "").startswith("hf-hub:")]
+FROM_AUTHORS = [spec for spec in NETWORKS if (spec.weights or "").startswith("https:")]
+
+
+def name(spec: TeacherSpec) -> str:
+    return spec.name
+
+
+@pytest.mark.parametrize("spec", FROM_TIMM, ids=name)
+def test_an_entry_from_timm_says_what_timm_s_configuration_says(spec: TeacherSpec):
+    tag = (spec.weights or "").removeprefix("hf-hub:timm/")
+    published = timm.get_pretrained_cfg(tag)
+    assert published is not None, f"timm has no {tag}"
+    assert spec.weights == f"hf-hub:{published.hf_hub_id}"
+    assert spec.architecture == published.architecture == tag.partition(".")[0]
+    assert (spec.mean, spec.std) == (tuple(published.mean), tuple(published.std))
+    assert spec.input_size == published.input_size[1] == published.input_size[2]
+    assert spec.interpolation == published.interpolation
+    assert spec.license == published.license
+
+
+@pytest.mark.parametrize("spec", NETWORKS, ids=name)
+def test_counts_and_norm_are_those_of_the_network(spec: TeacherSpec):
+    with torch.device("meta"):
+        model = timm.create_model(spec.architecture, num_classes=0, **spec.arguments)
+        assert spec.norm is _has_final_norm(model)
+        model.prune_intermediate_layers(1, prune_norm=not spec.norm, prune_head=True)
+    assert spec.parameters == sum(p.numel() for p in model.parameters())
+    assert model.num_features == spec.dim
+    # K at 224 px by the stride; a forward pass of each kind holds it below.
+    stride = model.feature_info[-1]["reduction"]
+    assert spec.num_tokens == (224 // stride) ** 2
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        ZOO["mae_vit_base"],
+        ZOO["dinov2_vit_small_reg"],
+        ZOO["dinov3_vit_small"],
+        ZOO["dinov3_convnext_tiny"],
+        ZOO["clip_vit_base"],
+        ZOO["clip_resnet50"],
+        ZOO["fcmae_convnextv2_tiny"],
+        ZOO["mae_hiera_small"],
+        ZOO["supervised_deit_base"],
+        ZOO["dino_resnet50"],
+    ],
+    ids=name,
+)
+def test_k_and_c_are_those_of_a_forward_pass(spec: TeacherSpec):
+    with torch.device("meta"), torch.no_grad():
+        try:
+            model = timm.create_model(spec.architecture, num_classes=0, img_size=224)
+        except TypeError:
+            model = timm.create_model(spec.architecture, num_classes=0)
+        planes = model.eval().forward_intermediates(
+            torch.zeros(1, 3, 224, 224), indices=1, output_fmt="NCHW", intermediates_only=True
+        )[0]
+    assert planes.shape[1] == spec.dim
+    assert planes.shape[2] * planes.shape[3] == spec.num_tokens
+
+
+def test_the_authors_urls_are_verbatim():
+    facebook = "https://dl.fbaipublicfiles.com"
+    assert {spec.name: spec.weights for spec in FROM_AUTHORS} == {
+        "dino_resnet50": f"{facebook}/dino/dino_resnet50_pretrain/dino_resnet50_pretrain.pth",
+        "simclr_resnet50": f"{facebook}/vissl/model_zoo/"
+        "simclr_rn50_800ep_simclr_8node_resnet_16_07_20.7e8feed1/model_final_checkpoint_phase799.torch",
+        "mocov3_resnet50": f"{facebook}/moco-v3/r-50-1000ep/r-50-1000ep.pth.tar",
+        "mocov3_vit_base": f"{facebook}/moco-v3/vit-b-300ep/vit-b-300ep.pth.tar",
+        "ibot_vit_base": "https://lf3-nlp-opensource.bytetos.com/obj/nlp-opensource/archive/2022/"
+        "ibot/vitb_16/checkpoint_teacher.pth",
+    }
+
+
+def test_no_two_entries_share_a_file_in_the_cache():
+    from tokdiv.teachers.cache import cached_path
+
+    paths = [cached_path(spec.weights or "") for spec in NETWORKS]
+    assert len(set(paths)) == len(paths)
+
+
+def test_every_entry_states_what_a_reader_asks_for():
+    for key, spec in ZOO.items():
+        assert key == spec.name
+        assert spec.method and re.fullmatch(r"arXiv:\d{4}\.\d{5}", spec.paper or "")
+        assert spec.input_size and spec.mean and spec.std and spec.norm is not None
+        assert spec.num_tokens and spec.dim and spec.parameters is not None
+        assert (spec.weights is None) == (spec.license is None) == spec.baseline
+
+
+def test_only_pixels_and_hog_are_baselines():
+    # Trained on labels is still trained: those may be chosen.
+    assert [spec.name for spec in ZOO.values() if spec.baseline] == ["pixels", "hog"]
+
+
+def test_every_kind_that_is_promised_is_there():
+    methods = {spec.method for spec in ZOO.values()}
+    assert methods >= {"MAE", "DINO", "DINOv2", "DINOv3", "CLIP", "FCMAE", "iBOT", "MoCo v3"}
+    assert methods >= {"SimCLR", "supervised", "RGB patches", "oriented gradients"}
+    for size in ("small", "base", "large"):
+        assert f"dinov2_vit_{size}" in ZOO and f"dinov2_vit_{size}_reg" in ZOO
+
+
+def test_groups_name_entries_of_the_zoo():
+    assert GROUPS["paper"] == ("mae_vit_base", "mae_vit_large", "dino_vit_base", "dino_resnet50")
+    for members in GROUPS.values():
+        assert set(members) <= set(ZOO)
+    assert not set(GROUPS) & set(ZOO)

@@ -1,0 +1,1 @@
+"""DATA: what the user names, as a source of images; decoded and batched in threads."""

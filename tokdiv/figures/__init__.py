@@ -1,0 +1,1 @@
+"""Figures from arrays: neither torch nor timm is needed to draw them."""

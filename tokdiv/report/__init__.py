@@ -1,0 +1,1 @@
+"""RUN/report.html: one page that needs nothing else."""

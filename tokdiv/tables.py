@@ -1,0 +1,92 @@
+"""Tables for the terminal: the zoo and a ranking. No torch, so that they come at once."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from tokdiv.teachers.zoo import GROUPS, ZOO
+
+if TYPE_CHECKING:
+    from tokdiv.ranking import Ranking
+
+
+def zoo_json() -> list[dict[str, Any]]:
+    """Every teacher of the zoo, with whether its weights are on this machine."""
+    return [
+        spec.to_dict() | {"K": spec.num_tokens, "C": spec.dim, "cached": _cached(spec.weights)}
+        for spec in ZOO.values()
+    ]
+
+
+def zoo_table() -> str:
+    """The zoo as a table, and its groups."""
+    rows = [("NAME", "METHOD", "ARCHITECTURE", "K", "C", "PARAMS", "LICENSE", "CACHED", "WEIGHTS")]
+    for spec in ZOO.values():
+        rows.append(
+            (
+                spec.name,
+                spec.method or "",
+                spec.architecture,
+                str(spec.num_tokens),
+                str(spec.dim),
+                f"{(spec.parameters or 0) / 1e6:.1f}M",
+                spec.license or "-",
+                {True: "yes", False: "no", None: "-"}[_cached(spec.weights)],
+                spec.weights or "none",
+            )
+        )
+    groups = [f"{name} = {' '.join(members)}" for name, members in GROUPS.items()]
+    return "\n".join([_aligned(rows, right=(3, 4, 5)), "", *groups])
+
+
+def ranking_table(ranking: "Ranking") -> str:
+    """A ranking, best first; images/s is that of the teacher alone on this machine."""
+    rows = [
+        (
+            "RANK",
+            "TEACHER",
+            "DIVERSITY",
+            "SIMILARITY",
+            "INTERVAL",
+            "CENTRED",
+            "7x7",
+            "IMAGES",
+            "IMAGES/S",
+        )
+    ]
+    for teacher in ranking.teachers:
+        rate = ranking.rates.get(teacher.name)
+        rows.append(
+            (
+                str(teacher.rank),
+                teacher.name + (" (baseline)" if teacher.baseline else ""),
+                f"{teacher.diversity:.4f}",
+                f"{teacher.mean_similarity:.4f}",
+                f"{teacher.ci_low:.4f}..{teacher.ci_high:.4f}",
+                _number(teacher.centred_similarity),
+                _number(teacher.similarity_7x7),
+                f"{teacher.images:,}",
+                f"{rate:,.1f}" if rate else "-",
+            )
+        )
+    return _aligned(rows, right=(0, 2, 3, 4, 5, 6, 7, 8))
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _cached(weights: str | None) -> bool | None:
+    from tokdiv.teachers.cache import is_cached
+
+    return is_cached(weights) if weights else None
+
+
+def _aligned(rows: Sequence[tuple[str, ...]], right: tuple[int, ...]) -> str:
+    widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            c.rjust(w) if n in right else c.ljust(w) for n, (c, w) in enumerate(zip(row, widths))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Teachers: which one (spec, zoo), where its weights are, and the loaded network (teacher)."""
