@@ -1,42 +1,229 @@
-"""Checkpoints that are whole or not there, and a pointer to the last one.
+"""Checkpoints: torch files that end with their own sha256, and a pointer to the last complete one.
 
-    OUT/checkpoints/step-00001200.pt      tensors and plain containers (torch.load with weights_only=True)
-    OUT/checkpoints/step-00001200.sha256  its hash: a file without it was never finished
-    OUT/checkpoints/last                  the name of the last complete one; moves last of all
+    OUT/checkpoints/step-00001200.pt  tensors and plain containers; torch.load(weights_only=True) reads it too
+    OUT/checkpoints/last              the name of the last complete one; it moves once that is written
 
-On resuming, the one that the pointer names is tried first, then the others from the newest to the oldest.
+Resuming takes the one that the pointer names, else the newest that is not damaged.
 """
 
 import dataclasses
 import hashlib
-import json
+import logging
 import os
 import re
-import sys
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Self
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
 from img2vec.config import Config
 from img2vec.model import encoder_state
-from tokdiv.errors import RunError, UsageError
+from tokdiv.errors import RunError, UsageError, first_line
+from tokdiv.run_dir import write_atomic
 
-FORMAT = 1
+log = logging.getLogger(__name__)
+
+FORMAT = 2
+KIND = "img2vec pretrain"
 FOLDER, POINTER = "checkpoints", "last"
+DIGEST = re.compile(rb"\nsha256:([0-9a-f]{64})\n")  # the last bytes of a checkpoint
+DIGEST_LENGTH = 73
+CHUNK = 2**20
+MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # what AdamW keeps of a parameter
+# Sharded or not, the state is gathered whole on the CPU of rank 0, and loaded from a whole one on every rank.
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+# One file ----------------------------------------------------------------------------------------
+
+
+def write_checkpoint(path: Path, kind: str, state: Mapping[str, Any]) -> None:
+    """Write tensors and plain containers, then the sha256 of all bytes before it.
+
+    Args:
+        kind: the command that reads it again, as "img2vec pretrain".
+
+    Raises:
+        RunError: the disk is full, or the folder cannot be written to; an older file of that name is intact.
+    """
+
+    def write(file: BinaryIO) -> None:
+        hashed = _Hashed(file)
+        torch.save({"format": FORMAT, "kind": kind, **state}, hashed)
+        # Readers of zip files search for the end of the archive from the back and skip what follows it.
+        file.write(f"\nsha256:{hashed.sha256.hexdigest()}\n".encode())
+
+    write_atomic(path, write)
+
+
+def read_checkpoint(path: Path, kind: str) -> dict[str, Any]:
+    """Read a file of `write_checkpoint`; nothing of it is parsed before its sha256 is checked.
+
+    Raises:
+        UsageError: no such file, no digest or a wrong one, or a checkpoint of another command or version.
+    """
+    if not path.is_file():
+        raise UsageError(f"'{path}': no such checkpoint")
+    try:
+        with path.open("rb") as file:
+            _check_digest(path, file)
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UsageError(f"the checkpoint '{path}' cannot be read ({first_line(error)})") from None
+    except UsageError:
+        raise
+    except Exception:  # the unpickler's, for a file that is something else
+        raise UsageError(f"'{path}' is no checkpoint of {kind}") from None
+    if not isinstance(state, dict) or state.get("kind") != kind:
+        raise UsageError(f"'{path}' is no checkpoint of {kind}")
+    if state.get("format") != FORMAT:
+        raise UsageError(f"'{path}' has format {state.get('format')}; this version reads {FORMAT}")
+    return state
+
+
+class _Hashed:
+    """A file that is written, and the sha256 of what went through."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.sha256 = file, hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.sha256.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _check_digest(path: Path, file: BinaryIO) -> None:
+    """Compare the bytes with the digest at their end, and go back to the start of the file."""
+    remaining = os.fstat(file.fileno()).st_size - DIGEST_LENGTH
+    file.seek(max(0, remaining))
+    recorded = DIGEST.fullmatch(file.read(DIGEST_LENGTH))
+    if recorded is None:
+        raise UsageError(
+            f"'{path}' is no complete checkpoint: it does not end with its sha256; it was cut, or is of another "
+            f"program or version"
+        )
+    file.seek(0)
+    found = hashlib.sha256()
+    while remaining > 0 and (chunk := file.read(min(CHUNK, remaining))):
+        found.update(chunk)
+        remaining -= len(chunk)
+    if found.hexdigest().encode() != recorded[1]:
+        raise UsageError(f"the checkpoint '{path}' is damaged (its sha256 differs)")
+    file.seek(0)
+
+
+# What it holds of a model and its optimizer ------------------------------------------------------
+
+
+def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Weights and moments by parameter name: whole, on the CPU, and on rank 0 only; every process calls it.
+
+    Tensors on the CPU are not copied. The optimizer's settings are no part of it: the run's own hold.
+    """
+    moments: Any = {}
+    if optimizer.state:  # torch would make a step to fill it
+        moments = get_optimizer_state_dict(model, optimizer, options=WHOLE).get("state", {})
+    return {"model": model_state(model), "optimizer": moments}
+
+
+def model_state(model: nn.Module) -> dict[str, Tensor]:
+    """The weights alone, as in `training_state`."""
+    return get_model_state_dict(model, options=WHOLE)
+
+
+def load_training_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any], where: Path
+) -> None:
+    """The inverse of `training_state`, on every process; AdamW's state has to fit the model in all shapes.
+
+    Raises:
+        UsageError: names, shapes or dtypes of another model; nothing is loaded then.
+    """
+    _check_weights(model, state.get("model"), where)
+    _check_moments(model, state.get("optimizer"), where)
+    load_model_state(model, state["model"], where)
+    if state["optimizer"]:
+        groups = get_optimizer_state_dict(model, optimizer)["param_groups"]
+        moments: Any = {"state": state["optimizer"], "param_groups": groups}
+        set_optimizer_state_dict(model, optimizer, moments, options=WHOLE)
+
+
+def load_model_state(model: nn.Module, state: Any, where: Path) -> None:
+    """The weights alone, as in `load_training_state`."""
+    _check_weights(model, state, where)
+    set_model_state_dict(model, dict(state), options=WHOLE)
+
+
+def _check_weights(model: nn.Module, state: Any, where: Path) -> None:
+    own = model.state_dict()
+    wrong = ["no table of weights"]
+    if isinstance(state, dict):
+        wrong = sorted(set(own) ^ set(state), key=str)
+        wrong = wrong or [name for name in own if not _is_like(state[name], own[name])]
+    if wrong:
+        raise UsageError(
+            f"'{where}' is a checkpoint of another model: {len(wrong)} weights differ, as {wrong[0]}; "
+            f"give the settings it was made with, or another -o"
+        )
+
+
+def _check_moments(model: nn.Module, state: Any, where: Path) -> None:
+    """Fused AdamW does not check shapes: it would read beyond the end of a smaller tensor."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    wrong = ["no table of moments"]
+    if isinstance(state, dict):
+        wrong = sorted(set(trained) ^ set(state), key=str) if state else []
+        wrong = wrong or [name for name in state if not _are_moments(state[name], trained[name])]
+    if wrong:
+        raise UsageError(
+            f"'{where}': the optimizer's state does not fit the model ({len(wrong)} parameters, as "
+            f"{wrong[0]}): the checkpoint is damaged; delete it, or start again with --no-resume"
+        )
+
+
+def _are_moments(moments: Any, parameter: nn.Parameter) -> bool:
+    if not isinstance(moments, dict) or set(moments) != MOMENTS:
+        return False
+    step = moments["step"]
+    return _is_like(step, torch.zeros(())) and all(
+        _is_like(moments[key], parameter) for key in MOMENTS - {"step"}
+    )
+
+
+def _is_like(value: Any, reference: Tensor) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and value.shape == reference.shape
+        and value.dtype == reference.dtype
+    )
+
+
+# A run's checkpoints -----------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """Where a run is.
+    """How far a run is.
 
     Attributes:
         step: optimizer steps done, skipped ones included. epoch: epochs done.
-        step_in_epoch: steps done in the one that has begun.
+        step_in_epoch: steps done in the epoch that has begun.
         world: number of processes. global_batch: images per step.
-        skipped: steps left out for a loss that was not finite; in_a_row: the last of them in sequence.
+        skipped: steps left out because their loss was not finite.
+        num_consecutive_skipped: the last of them in sequence.
     """
 
     step: int = 0
@@ -45,71 +232,41 @@ class Progress:
     world: int = 1
     global_batch: int = 0
     skipped: int = 0
-    in_a_row: int = 0
+    num_consecutive_skipped: int = 0
+
+    @classmethod
+    def from_dict(cls, fields: Any, where: Path) -> Self:
+        """Raises UsageError where a field is missing, unknown, or no count."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(fields, dict) or set(fields) != names:
+            raise UsageError(f"'{where}': expected a checkpoint with the progress {sorted(names)}")
+        for name, value in fields.items():
+            if type(value) is not int or not 0 <= value < 2**62:
+                raise UsageError(f"'{where}': {name} is {value!r}; expected a count")
+        return cls(**fields)
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file that is seen whole or not at all, also after a power cut."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def save_checkpoint(out: Path, state: dict[str, Any], keep: int) -> Path:
-    """Write a checkpoint, move the pointer to it, and delete all but the newest `keep`.
+def save_checkpoint(out: Path, state: Mapping[str, Any], keep: int) -> Path:
+    """Write a checkpoint of a run, move the pointer to it, and delete all but the newest `keep`.
 
     Args:
-        out: the run's folder.
-        state: tensors and plain containers, with "progress" as a dict of Progress.
+        state: with "progress", a dict of Progress.
 
     Raises:
-        RunError: it cannot be written, as on a full disk; what was there before is untouched.
+        RunError: see `write_checkpoint`; the checkpoints before it are intact.
     """
     folder = out / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{state['progress']['step']:08d}.pt"
-    temporary = folder / f".{path.name}.{os.getpid()}.tmp"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            torch.save({"format": FORMAT, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        digest = _sha256(temporary)
-        path.with_suffix(".sha256").unlink(missing_ok=True)  # of an older file of that name
-        os.replace(temporary, path)
-        write_atomically(path.with_suffix(".sha256"), f"{digest}\n".encode())
-        write_atomically(folder / POINTER, f"{path.name}\n".encode())
-        _sync(folder)
-    except (OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise RunError(
-            f"the checkpoint '{path}' cannot be written ({reason}); those before it are whole: make room "
-            f"and give the same command again"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_checkpoint(path, KIND, state)
+    write_atomic(folder / POINTER, f"{path.name}\n")
     for old in _newest_first(folder)[keep:]:
         old.unlink(missing_ok=True)
-        old.with_suffix(".sha256").unlink(missing_ok=True)
     return path
 
 
-def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)
-
-
-def load_last(out: Path, warn: Callable[[str], None] = _warn) -> tuple[Path, dict[str, Any]] | None:
-    """The last checkpoint that is whole, or None where there is none at all.
-
-    Args:
-        out: the run's folder.
-        warn: is told of a damaged one that is passed over.
+def load_last(out: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The last checkpoint of a run that is not damaged, or None where there is none at all.
 
     Raises:
         RunError: there are checkpoints, and all of them are damaged.
@@ -118,53 +275,44 @@ def load_last(out: Path, warn: Callable[[str], None] = _warn) -> tuple[Path, dic
     candidates = _newest_first(folder)
     pointer = folder / POINTER
     if pointer.is_file():
-        # A newer file than the one pointed to was not yet announced when the run was killed; it may be
-        # whole all the same, but its step would then count as saved without having been said to be.
-        named = folder / pointer.read_text(errors="replace").strip()
+        # A newer file may be complete although the run was killed before the pointer moved. It is not taken:
+        # the run did not say that it had come so far.
+        named = folder / pointer.read_bytes()[:100].decode(errors="replace").strip()
         if named in candidates:
             candidates = [named, *(c for c in candidates if c != named)]
         elif candidates:
-            warn(f"the checkpoint '{named}' is gone; '{candidates[0].name}' is taken")
-    for path, after in zip(candidates, [*candidates[1:], None]):
+            log.warning("the checkpoint '%s' is gone; '%s' is taken", named, candidates[0].name)
+    for path, following in zip(candidates, [*candidates[1:], None]):
         try:
-            return path, read(path)
+            return path, _read(path)
         except UsageError as error:
-            warn(f"{error}; '{after.name}' is taken" if after else str(error))
+            log.warning("%s%s", error, f"; '{following.name}' is taken" if following else "")
     if candidates:
         raise RunError(
-            f"none of the {len(candidates)} checkpoints in '{folder}' is whole; start again with --no-resume"
+            f"none of the {len(candidates)} checkpoints in '{folder}' can be used; start again with --no-resume"
         )
     return None
 
 
-def read(path: Path) -> dict[str, Any]:
-    """Read one checkpoint file and check it.
-
-    Raises:
-        UsageError: damaged, unfinished, or no checkpoint of `img2vec pretrain`.
-    """
-    recorded = path.with_suffix(".sha256")
-    if not path.is_file():
-        raise UsageError(f"'{path}': no such checkpoint")
-    if recorded.is_file() and recorded.read_text(errors="replace").strip() != _sha256(path):
-        raise UsageError(f"the checkpoint '{path}' is damaged (its sha256 differs)")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UsageError(
-            f"the checkpoint '{path}' cannot be read ({error.strerror or error})"
-        ) from None
-    except Exception:  # whatever the unpickler meets in a file that is something else
-        raise UsageError(f"'{path}' is no checkpoint of img2vec pretrain, or damaged") from None
-    if not isinstance(state, dict) or not {"format", "model", "config", "progress"} <= set(state):
-        raise UsageError(f"'{path}' is no checkpoint of img2vec pretrain")
-    if state["format"] != FORMAT:
-        raise UsageError(f"'{path}' has format {state['format']}, this version reads {FORMAT}")
+def _read(path: Path) -> dict[str, Any]:
+    state = read_checkpoint(path, KIND)
+    for key in ("model", "optimizer", "config", "teacher", "data"):
+        if not isinstance(state.get(key), dict):
+            raise UsageError(f"'{path}' is no checkpoint of {KIND}: it has no {key}")
+    Progress.from_dict(state.get("progress"), path)
     return state
 
 
+def _newest_first(folder: Path) -> list[Path]:
+    found = folder.glob("step-*.pt") if folder.is_dir() else ()
+    return sorted((p for p in found if re.fullmatch(r"step-\d+", p.stem)), reverse=True)
+
+
+# The student in it -------------------------------------------------------------------------------
+
+
 def student_from_checkpoint(path: Path) -> dict[str, Any]:
-    """What `export_student` needs, but for the folder, from a checkpoint or a run's folder.
+    """What `export_student` needs, except the folder, from a checkpoint or a run's folder.
 
     Args:
         path: a checkpoint file, or OUT/checkpoints/last, OUT/checkpoints or OUT, which mean the last
@@ -181,24 +329,17 @@ def student_from_checkpoint(path: Path) -> dict[str, Any]:
         found = load_last(out)
         if found is None:
             raise UsageError(f"'{path}' holds no checkpoint of img2vec pretrain")
-        state = found[1]
+        path, state = found
     else:
-        state = read(path)
-    return student_export(
-        Config.from_dict(state["config"], f"'{path}'"),
-        state["model"],
-        state["teacher"],
-        state["progress"],
-    )
+        state = _read(path)
+    config = Config.from_dict(state["config"], f"'{path}'")
+    return student_export(config, state["model"], state["teacher"], state["progress"])
 
 
 def student_export(
-    config: Config,
-    model: dict[str, Tensor],
-    teacher: dict[str, Any],
-    progress: dict[str, Any],
+    config: Config, model: dict[str, Tensor], teacher: dict[str, Any], progress: dict[str, Any]
 ) -> dict[str, Any]:
-    """The arguments of `export_student`, without the folder, of a model's state dict."""
+    """The arguments of `export_student`, except the folder, for the weights of a whole model."""
     return {
         "state_dict": encoder_state(model),
         "architecture": config.student,
@@ -214,134 +355,3 @@ def student_export(
             "global_batch": progress["global_batch"],
         },
     }
-
-
-def model_state(model: nn.Module) -> dict[str, Tensor]:
-    """The whole state dict on the CPU; called by every process where parameters are sharded."""
-    return {name: _whole(value) for name, value in model.state_dict().items()}
-
-
-def load_model_state(model: nn.Module, state: dict[str, Tensor], where: Path) -> None:
-    """Load a whole state dict, sharded or not.
-
-    Raises:
-        UsageError: it is of another student.
-    """
-    own = model.state_dict()
-    wrong = sorted(set(own) ^ set(state)) or [
-        name for name, value in own.items() if value.shape != state[name].shape
-    ]
-    if wrong:
-        raise UsageError(
-            f"'{where}' is a checkpoint of another student: {len(wrong)} parameters differ, as {wrong[0]}; "
-            f"give that student's settings, or another -o"
-        )
-    with torch.no_grad():
-        for name, value in own.items():
-            value.copy_(_like(state[name], value))
-
-
-def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimizer's state by parameter name, whole and on the CPU."""
-    return {
-        name: {key: _whole(value) for key, value in optimizer.state[parameter].items()}
-        for name, parameter in model.named_parameters()
-        if parameter in optimizer.state
-    }
-
-
-def load_optimizer_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], where: Path
-) -> None:
-    """The inverse of `optimizer_state`, for a model whose parameters are loaded.
-
-    Raises:
-        UsageError: moments of other parameters, shapes or dtypes; fused AdamW would read beyond their ends.
-    """
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    wrong = sorted(set(state) - set(trained)) or (
-        sorted(set(trained) - set(state)) if state else []
-    )
-    wrong = wrong or [name for name in state if not _are_moments(state[name], trained[name])]
-    if wrong:
-        raise UsageError(
-            f"'{where}': the optimizer's state does not fit the model ({len(wrong)} parameters, as "
-            f"{wrong[0]}): the checkpoint is damaged; delete it, or start again with --no-resume"
-        )
-    for name, moments in state.items():
-        parameter = trained[name]
-        optimizer.state[parameter] = {
-            # The count of steps is no shard; a fused AdamW wants it beside the parameter.
-            key: value.to(parameter.device) if value.ndim == 0 else _like(value, parameter).clone()
-            for key, value in moments.items()
-        }
-
-
-def _are_moments(moments: Any, parameter: nn.Parameter) -> bool:
-    """Whether these are AdamW's `step`, `exp_avg` and `exp_avg_sq` of a parameter."""
-    if not isinstance(moments, dict) or set(moments) != {"step", "exp_avg", "exp_avg_sq"}:
-        return False
-    shapes = {"step": torch.Size([]), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
-    dtypes = {"step": torch.float32, "exp_avg": parameter.dtype, "exp_avg_sq": parameter.dtype}
-    return all(
-        isinstance(value, Tensor) and value.shape == shapes[key] and value.dtype == dtypes[key]
-        for key, value in moments.items()
-    )
-
-
-def _whole(value: Tensor) -> Tensor:
-    value = value.detach()
-    if hasattr(value, "full_tensor"):
-        value = value.full_tensor()
-    return value.to("cpu", copy=True)
-
-
-def _like(value: Tensor, reference: Any) -> Tensor:
-    """`value` on the device of `reference`, and sharded as it is."""
-    value = value.to(reference.device)
-    if hasattr(reference, "full_tensor"):
-        from torch.distributed.tensor import distribute_tensor
-
-        return distribute_tensor(value, reference.device_mesh, reference.placements)
-    return value
-
-
-def truncate_metrics(path: Path, step: int) -> int | None:
-    """Drop the lines of steps behind `step`, and a last line that was cut, so that none repeats.
-
-    Returns:
-        The step of the last evaluation that is left, a line without `loss`; None where there is none.
-    """
-    if not path.is_file():
-        return None
-    kept, evaluated = [], None
-    for line in path.read_bytes().splitlines(keepends=True):
-        try:
-            values = json.loads(line)
-            if line.endswith(b"\n") and values["step"] <= step:
-                kept.append(line)
-                evaluated = evaluated if "loss" in values else values["step"]
-        except (ValueError, KeyError, TypeError):
-            continue
-    write_atomically(path, b"".join(kept))
-    return evaluated
-
-
-def _newest_first(folder: Path) -> list[Path]:
-    found = folder.glob("step-*.pt") if folder.is_dir() else ()
-    return sorted((p for p in found if re.fullmatch(r"step-\d+", p.stem)), reverse=True)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(folder: Path) -> None:
-    """The names in a folder reach the disk too."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

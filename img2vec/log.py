@@ -13,9 +13,9 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
-from img2vec.checkpoint import truncate_metrics, write_atomically
 from img2vec.figures import plot_loss
 from tokdiv.errors import UsageError
+from tokdiv.run_dir import write_atomic
 
 METRICS, PICTURE, SKIPPED = "metrics.jsonl", "loss.png", "skipped.csv"
 EVENTS_EVERY = 10  # steps between the points of TensorBoard and Weights & Biases
@@ -133,7 +133,7 @@ class Log:
         note = self.out / "wandb" / "id"
         if not note.is_file():
             note.parent.mkdir(exist_ok=True)
-            write_atomically(note, uuid.uuid4().hex.encode())
+            write_atomic(note, uuid.uuid4().hex)
         options: dict[str, Any] = {
             "project": os.environ.get("WANDB_PROJECT", "img2vec"),
             "name": name,
@@ -190,3 +190,24 @@ class Skipped:
                 if os.fstat(file.fileno()).st_size == 0:
                     csv.writer(file).writerow(["key", "reason"])
                 csv.writer(file).writerow([key, reason])
+
+
+def truncate_metrics(path: Path, step: int) -> int | None:
+    """Drop the lines of steps after `step`, and a last line that was cut, so that none repeats.
+
+    Returns:
+        The step of the last evaluation that is left, a line without `loss`; None where there is none.
+    """
+    if not path.is_file():
+        return None
+    kept, evaluated = [], None
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            values = json.loads(line)
+            if line.endswith(b"\n") and values["step"] <= step:
+                kept.append(line)
+                evaluated = evaluated if "loss" in values else values["step"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            continue
+    write_atomic(path, b"".join(kept))
+    return evaluated

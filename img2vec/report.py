@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
-from img2vec.checkpoint import load_last, load_model_state, write_atomically
+from img2vec.checkpoint import load_last, load_model_state
 from img2vec.config import Config
 from img2vec.figures import loss_figure, predictions_figure, read_metrics, watch_figure
 from img2vec.log import METRICS
@@ -34,6 +34,7 @@ from tokdiv.data.source import Item
 from tokdiv.dist import choose_device
 from tokdiv.errors import RunError, UsageError
 from tokdiv.report.page import NARROW, SKIPPED, inline_figure, read_skipped, render, repeat_command
+from tokdiv.run_dir import write_atomic
 from tokdiv.teachers.load import load_teacher
 from tokdiv.teachers.spec import CUSTOM, TeacherSpec
 from tokdiv.teachers.teacher import Teacher
@@ -94,7 +95,7 @@ def write_report(
         exported=(out / "student").is_dir(),
     )
     # A name that is no Unicode is shown with its bytes spelled out.
-    write_atomically(out / REPORT, page.encode("utf-8", "backslashreplace"))
+    write_atomic(out / REPORT, page.encode("utf-8", "backslashreplace"))
     return out / REPORT
 
 

@@ -29,13 +29,11 @@ from torch.nn.parallel import DistributedDataParallel
 from img2vec.checkpoint import (
     Progress,
     load_last,
-    load_model_state,
-    load_optimizer_state,
+    load_training_state,
     model_state,
-    optimizer_state,
     save_checkpoint,
     student_export,
-    write_atomically,
+    training_state,
 )
 from img2vec.config import Config, make_config
 from img2vec.data import Batch, Plan, View, images_per_epoch, plan_epoch, read_epoch
@@ -60,6 +58,7 @@ from tokdiv.data.open import open_source
 from tokdiv.dist import Processes, choose_dtype, processes
 from tokdiv.errors import RunError, SharedError, UsageError
 from tokdiv.ranking import versions
+from tokdiv.run_dir import write_atomic
 from tokdiv.similarity import token_similarity
 from tokdiv.teachers.load import load_teacher, state_sha256
 from tokdiv.teachers.spec import CUSTOM, TeacherSpec
@@ -177,15 +176,14 @@ def _run(
         "versions": versions(),
     }
     stack.callback(open_out(out, run, resume, team).release)
-    found = load_last(out, lambda text: say(f"warning: {text}"))
+    found = load_last(out)
     progress = Progress(world=team.world, global_batch=plan.global_batch)
     if found is not None:
         path, state = found
         check_same_run(out, state, run)
-        progress = resumed(Progress(**state["progress"]), plan, team, say)
-        load_model_state(model, state["model"], path)
+        progress = resumed(Progress.from_dict(state["progress"], path), plan, team, say)
     if main:
-        write_atomically(out / "config.json", (json.dumps(run, indent=2) + "\n").encode())
+        write_atomic(out / "config.json", json.dumps(run, indent=2) + "\n")
 
     # Student and optimizer over the processes; the teacher stands outside all of it.
     if config.shard:
@@ -194,7 +192,7 @@ def _run(
         model.compile()
     optimizer = make_optimizer(model, config.weight_decay)
     if found is not None:
-        load_optimizer_state(model, optimizer, found[1]["optimizer"], path)
+        load_training_state(model, optimizer, found[1], path)
         del found, state
     wrapped: nn.Module = model
     if team.world > 1 and not config.shard:
@@ -229,10 +227,10 @@ def _run(
         nonlocal saved_at
         if saved_at == progress.step:
             return
-        weights, moments = model_state(model), optimizer_state(model, optimizer)
+        trained_state = training_state(model, optimizer)
         if main:
             where = dataclasses.asdict(progress)
-            whole = {"model": weights, "optimizer": moments, "progress": where, **run}
+            whole = {**trained_state, "progress": where, **run}
             save_checkpoint(out, whole, config.keep)
         saved_at = progress.step
 
@@ -323,7 +321,7 @@ def _run(
                         epoch=epoch + (number + 1 == plan.steps),
                         step_in_epoch=(number + 1) % plan.steps,
                         skipped=progress.skipped + bad,
-                        in_a_row=progress.in_a_row + 1 if bad else 0,
+                        num_consecutive_skipped=progress.num_consecutive_skipped + 1 if bad else 0,
                     )
 
                     before, clock = clock, time.perf_counter()
@@ -342,7 +340,7 @@ def _run(
                     if measures and usable:
                         line["token_similarity"] = _finite(similarity / usable)
                     log.step(line)
-                    if progress.in_a_row >= MAX_IN_A_ROW:
+                    if progress.num_consecutive_skipped >= MAX_IN_A_ROW:
                         raise _diverged(out, usable, teacher, batch)
                     due = config.save_every or plan.steps
                     position = progress.step if config.save_every else progress.step_in_epoch
@@ -580,7 +578,7 @@ def _finite(value: float | None) -> float | None:
 
 
 def _diverged(out: Path, usable: float, teacher: Teacher, batch: Batch) -> RunError:
-    found = load_last(out, lambda text: None)
+    found = load_last(out)
     last = f"the last good checkpoint is {found[0]}" if found else "no checkpoint was saved before"
     if not usable:
         return SharedError(
