@@ -1,6 +1,6 @@
 """A student as a folder that timm loads: `model.safetensors` and `config.json`.
 
-    timm.create_model("local-dir:OUT/student", pretrained=True)                  # features
+    timm.create_model("local-dir:OUT/student", pretrained=True)                  # the mean patch token
     timm.create_model("local-dir:OUT/student", pretrained=True, num_classes=10)  # and a new classifier
     timm.create_model("hf-hub:USER/NAME", pretrained=True)                       # once uploaded
     timm.create_model(ARCHITECTURE, num_classes=0, checkpoint_path="OUT/student/model.safetensors")
@@ -10,8 +10,11 @@ license, origin and tag of timm's weights for the architecture, and those are no
 """
 
 import json
+import re
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +62,15 @@ def export_student(
         UsageError: the weights do not fit the architecture.
         RunError: the folder cannot be written, or timm does not load the same model from it.
     """
+    from timm.models.vision_transformer import VisionTransformer
+
     arguments = {**(model_args or {}), "num_classes": 0}
     model = build(architecture, arguments, input_size)
+    if type(model) is VisionTransformer and model.global_pool == "token":
+        # No target trains the CLS token, and k-NN and probe use the mean patch token. The final norm stays
+        # on the tokens, as in pretraining: timm's default with "avg" would be a new norm after pooling.
+        arguments |= {"global_pool": "avg", "fc_norm": False}
+        model.reset_classifier(0, global_pool="avg")
     load_strictly(model, state_dict, architecture)
     return save_model(
         model,
@@ -213,8 +223,8 @@ def _check(folder: Path, model: nn.Module, input_size: int) -> None:
     images = torch.randn(2, 3, input_size, input_size, generator=generator)
     weight = next(model.parameters())
     try:
-        with torch.random.fork_rng(devices=[]):
-            loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        with torch.random.fork_rng(devices=[]), _plain_path(folder) as path:
+            loaded = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
         expected = _outputs(model, images.to(weight.device, weight.dtype))
         difference = (_outputs(loaded, images) - expected).abs().max().item()
     except (RuntimeError, TypeError, ValueError, KeyError, AssertionError) as error:
@@ -225,6 +235,18 @@ def _check(folder: Path, model: nn.Module, input_size: int) -> None:
             f"the export gives features that differ by {difference:.2g} from the student's (at most "
             f"{TOLERANCE * scale:.2g} is rounding): it was not kept; weights that are not finite do this"
         )
+
+
+@contextmanager
+def _plain_path(folder: Path) -> Iterator[Path]:
+    """The folder under a path without special characters: timm before 1.0.29 cuts a path at # and ?."""
+    if re.fullmatch(r"[\w./-]+", str(folder)):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        link = Path(temporary) / "student"
+        link.symlink_to(folder.resolve(), target_is_directory=True)
+        yield link
 
 
 def _outputs(model: nn.Module, images: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ def build_classifier(
     if isinstance(teacher.module, VisionTransformer):
         # As in MAE: average pooling, then a new norm. The final norm, which normalized tokens, is dropped.
         arguments["global_pool"] = "avg"
+        arguments.pop("fc_norm", None)
     own = {"num_classes": num_classes, "drop_path_rate": drop_path}
     given = {k: v for k, v in arguments.items() if k not in own}
     try:

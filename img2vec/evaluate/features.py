@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from img2vec.evaluate.labeled import LabeledData
 from tokdiv.data.loader import Batch, read_batches
 from tokdiv.dist import Processes, current_processes, default_workers
 from tokdiv.errors import RunError
+from tokdiv.progress import progress_bar
 
 
 class NoFeatures(RunError):
@@ -65,11 +65,11 @@ def extract_features(
     group = current_processes(device)
     features: list[Tensor] = []
     positions: list[Tensor] = []
-    with tqdm(
+    with progress_bar(
         total=len(range(group.rank, len(data), group.world)),
         desc=description,
         unit="img",
-        disable=None if group.rank == 0 else True,
+        show=group.rank == 0,
     ) as bar:
         for batch in read_views(data, size, group, batch_size=batch_size, workers=workers):
             view = batch.views[size]

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from img2vec.checkpoint import (
     load_training_state,
@@ -37,6 +36,7 @@ from tokdiv.dist import (
     default_workers,
 )
 from tokdiv.errors import Interrupted, RunError, UsageError
+from tokdiv.progress import progress_bar
 from tokdiv.run_dir import locked_folder
 from tokdiv.teachers.teacher import Teacher
 
@@ -201,12 +201,12 @@ def _train(
     steps = len(train_data) // recipe.batch_size
     with (
         caught_signals() if folder is not None else nullcontext(Interruption()) as interruption,
-        tqdm(
+        progress_bar(
             total=recipe.epochs * steps,
             initial=len(progress.history) * steps,
             desc="finetune",
             unit="step",
-            disable=None if group.rank == 0 else True,
+            show=group.rank == 0,
         ) as bar,
     ):
         for epoch in range(len(progress.history), recipe.epochs):

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from img2vec.evaluate.features import Features
 from img2vec.evaluate.labeled import split_labels
 from tokdiv.dist import current_processes
 from tokdiv.errors import UsageError
+from tokdiv.progress import progress_bar
 
 # L-BFGS stops where the largest entry of the gradient, times the number of classes, is below this (at the
 # zero start it is about 1): the final fit, and the fits that only compare penalties.
@@ -75,8 +75,8 @@ def _choose_penalty(features: Tensor, labels: Tensor, num_classes: int, seed: in
     train, val = ((features[positions] - mean) / std for positions in (kept, held_out))
     right: Counter[float] = Counter()
     start = None
-    disable = None if current_processes().rank == 0 else True
-    for penalty in tqdm(PENALTIES, desc="penalty", disable=disable):
+    show = current_processes().rank == 0
+    for penalty in progress_bar(PENALTIES, desc="penalty", show=show):
         # From the strongest on, each fit starts where the previous one ended.
         weight, bias, _ = logistic_regression(
             train,

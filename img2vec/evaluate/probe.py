@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from img2vec.evaluate.augment import crop_and_flip, training_batches
 from img2vec.evaluate.encoder import load_encoder
@@ -24,6 +23,7 @@ from img2vec.evaluate.settings import ProbeSettings, peak_lr, warmup_note
 from img2vec.optim import learning_rate
 from tokdiv.dist import Processes, current_processes, default_workers
 from tokdiv.errors import RunError
+from tokdiv.progress import progress_bar
 from tokdiv.teachers.teacher import Teacher
 
 MOMENTUM, TRUST = 0.9, 0.001  # of LARS
@@ -181,8 +181,13 @@ def _fit_lars(
         pin_memory=group.device.type == "cuda",
     )
     steps = len(data) // batch_size
-    disable = None if group.rank == 0 else True
-    bar = tqdm(batches, total=settings.epochs * steps, desc="probe", unit="step", disable=disable)
+    bar = progress_bar(
+        batches,
+        total=settings.epochs * steps,
+        desc="probe",
+        unit="step",
+        show=group.rank == 0,
+    )
     for batch in bar:
         with enough_memory("--encode-batch-size", settings.encode_batch_size):
             features = _encode(encoder, batch.images, settings.encode_batch_size)

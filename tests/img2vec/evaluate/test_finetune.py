@@ -227,7 +227,7 @@ def test_an_interrupted_fine_tuning_ends_as_if_it_had_not_been(
 
 def test_a_damaged_checkpoint_is_named(pictures, tiny, tmp_path):
     (tmp_path / "checkpoint.pt").write_bytes(b"no checkpoint")
-    with pytest.raises(UsageError, match="checkpoint.*delete it to start anew"):
+    with pytest.raises(UsageError, match=r"checkpoint.*delete it to start anew"):
         finetune(tiny, *pictures, tmp_path, **FAST)
 
 
