@@ -8,9 +8,11 @@ from typing import Annotated, Any
 import typer
 
 from img2vec.config import PRESETS
+from img2vec.evaluate.settings import FinetuneSettings, KnnSettings, ProbeSettings
 from tokdiv import __version__
 from tokdiv.cli import TeacherModule, own_teacher
 from tokdiv.errors import UsageError
+from tokdiv.settings import with_settings
 
 app = typer.Typer(
     help="Pretrain a ViT student with a frozen teacher's tokens (Img2Vec, arXiv 2304.12535), evaluate "
@@ -36,23 +38,15 @@ Model = Annotated[
         help="A run of `img2vec pretrain`, one of its checkpoints, an exported folder, or any SPEC.",
     ),
 ]
-Train = Annotated[str, typer.Option(help="Images with classes to learn from.")]
-Val = Annotated[str, typer.Option(help="Images with classes to measure on.")]
+Train = Annotated[str, typer.Option(metavar="DATA", help="Training images, with classes.")]
+Val = Annotated[str, typer.Option(metavar="DATA", help="Validation images, with classes.")]
 Results = Annotated[
-    Path | None, typer.Option("--out", "-o", metavar="DIR", help="Where results.json and .csv go.")
+    Path | None,
+    typer.Option("--out", "-o", metavar="DIR", help="Folder for results.json and results.csv."),
 ]
 Workers = Annotated[
     int | None, typer.Option(help="Decoding threads per process. [default: one a core]")
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Dtype = Annotated[
-    str, typer.Option(help="auto, float32 or bfloat16; auto is bfloat16 where it is native.")
-]
-Feature = Annotated[str, typer.Option(help="mean (of the patch tokens) or cls.")]
-ImageSize = Annotated[
-    int | None, typer.Option(help="Side of the view in pixels. [default: the model's own]")
-]
-Seed = Annotated[int, typer.Option(help="Of all that is random.")]
 
 
 def _version(asked: bool) -> None:
@@ -201,91 +195,37 @@ _NOT_SETTINGS = {"data", "teacher", "teacher_module", "out", "preset", "config",
 
 
 @app.command()
+@with_settings(KnnSettings)
 def knn(
-    model: Model,
-    train: Train,
-    val: Val,
-    out: Results = None,
-    k: Annotated[str, typer.Option(help="Neighbors, joined with commas.")] = "10,20,100,200",
-    temperature: Annotated[float, typer.Option(help="Of the votes' weights.")] = 0.07,
-    feature: Feature = "mean",
-    image_size: ImageSize = None,
-    batch_size: Annotated[int, typer.Option(help="Images of one forward pass.")] = 64,
-    workers: Workers = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
+    model: Model, train: Train, val: Val, settings: dict[str, Any], out: Results = None
 ) -> None:
     """Weighted k-nearest-neighbor accuracy of frozen features, as in DINO."""
-    options = {key: v for key, v in locals().items() if key != "k"}
     from img2vec import evaluate
 
-    _evaluate(evaluate.knn, options | {"k": _numbers("--k", k)})
+    settings["k"] = _numbers("--k", settings["k"])
+    _print_results(evaluate.knn, settings, model, train, val, out)
 
 
 @app.command()
+@with_settings(ProbeSettings)
 def probe(
-    model: Model,
-    train: Train,
-    val: Val,
-    out: Results = None,
-    solver: Annotated[str, typer.Option(help="lars (MAE's recipe) or lbfgs (quick).")] = "lars",
-    epochs: Annotated[int, typer.Option(help="Of LARS.")] = 90,
-    batch_size: Annotated[int, typer.Option(help="Global; at most the data.")] = 16384,
-    blr: Annotated[float, typer.Option(help="Learning rate per 256 images.")] = 0.1,
-    lr: Annotated[float | None, typer.Option(help="In place of --blr.")] = None,
-    warmup_epochs: Annotated[int, typer.Option(help="Of LARS.")] = 10,
-    penalty: Annotated[
-        float | None, typer.Option(help="Of lbfgs. [default: chosen on a fifth of --train]")
-    ] = None,
-    feature: Feature = "mean",
-    image_size: ImageSize = None,
-    encode_batch_size: Annotated[int, typer.Option(help="Images of one forward pass.")] = 64,
-    workers: Workers = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    seed: Seed = 0,
+    model: Model, train: Train, val: Val, settings: dict[str, Any], out: Results = None
 ) -> None:
     """Accuracy of a linear classifier on frozen features, as in MAE."""
-    options = dict(locals())
     from img2vec import evaluate
 
-    _evaluate(evaluate.probe, options)
+    _print_results(evaluate.probe, settings, model, train, val, out)
 
 
 @app.command()
+@with_settings(FinetuneSettings)
 def finetune(
-    model: Model,
-    train: Train,
-    val: Val,
-    out: Results = None,
-    epochs: Annotated[int, typer.Option(help="Length of the schedule.")] = 100,
-    batch_size: Annotated[int, typer.Option(help="Global; at most the data.")] = 1024,
-    micro_batch_size: Annotated[
-        int | None, typer.Option(help="Images of one forward pass, per process. [default: all]")
-    ] = None,
-    blr: Annotated[float, typer.Option(help="Learning rate per 256 images.")] = 5e-4,
-    lr: Annotated[float | None, typer.Option(help="In place of --blr.")] = None,
-    min_lr: Annotated[float, typer.Option(help="At the end of the cosine.")] = 1e-6,
-    warmup_epochs: Annotated[int, typer.Option(help="Of linear warm-up.")] = 5,
-    weight_decay: Annotated[float, typer.Option(help="On matrices alone.")] = 0.05,
-    layer_decay: Annotated[float, typer.Option(help="Of the rate, from block to block.")] = 0.65,
-    drop_path: Annotated[float, typer.Option(help="Stochastic depth of the last block.")] = 0.1,
-    mixup: Annotated[float, typer.Option(help="Alpha; 0 turns it off.")] = 0.8,
-    cutmix: Annotated[float, typer.Option(help="Alpha; 0 turns it off.")] = 1.0,
-    smoothing: Annotated[float, typer.Option(help="Of the labels.")] = 0.1,
-    auto_augment: Annotated[str, typer.Option(help="As timm's --aa.")] = "rand-m9-mstd0.5-inc1",
-    reprob: Annotated[float, typer.Option(help="Probability of random erasing.")] = 0.25,
-    image_size: ImageSize = None,
-    workers: Workers = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    seed: Seed = 0,
+    model: Model, train: Train, val: Val, settings: dict[str, Any], out: Results = None
 ) -> None:
     """Accuracy after training the whole network with labels, as in MAE."""
-    options = dict(locals())
     from img2vec import evaluate
 
-    _evaluate(evaluate.finetune, options)
+    _print_results(evaluate.finetune, settings, model, train, val, out)
 
 
 @app.command("export")
@@ -302,14 +242,13 @@ def export_command(
     print(f'Load it: timm.create_model("local-dir:{folder}", pretrained=True)')
 
 
-def _evaluate(task: Any, options: dict[str, Any]) -> None:
-    """Run an evaluation on all processes and print its table once."""
+def _print_results(task: Any, settings: dict[str, Any], *arguments: Any) -> None:
+    """Run an evaluation on all processes, and print its table once."""
     from tokdiv.dist import processes
 
-    positional = [options.pop(name) for name in ("model", "train", "val", "out")]
-    with processes(options["device"]) as team:
-        results = task(*positional, **options)
-        if team.rank == 0:
+    with processes(settings["device"]) as group:
+        results = task(*arguments, **settings)
+        if group.rank == 0:
             print(results.table())
 
 

@@ -1,20 +1,20 @@
 """A student as a folder that timm loads: `model.safetensors` and `config.json`.
 
-    timm.create_model("local-dir:OUT/student", pretrained=True)                  # features
+    timm.create_model("local-dir:OUT/student", pretrained=True)                  # the mean patch token
     timm.create_model("local-dir:OUT/student", pretrained=True, num_classes=10)  # and a new classifier
     timm.create_model("hf-hub:USER/NAME", pretrained=True)                       # once uploaded
     timm.create_model(ARCHITECTURE, num_classes=0, checkpoint_path="OUT/student/model.safetensors")
 
-The folder has the format of timm's own `save_for_hf`. It is written here and not there, because timm
-would hand on what it knows of the architecture's own weights (their license, origin and tag), and those
-are not the student's.
+The folder has the format of timm's own `save_for_hf`, which is not used here because it would pass on the
+license, origin and tag of timm's weights for the architecture, and those are not the student's.
 """
 
 import json
-import os
+import re
 import shutil
-import uuid
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,13 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from tokdiv.errors import RunError, UsageError
+from tokdiv.errors import RunError, UsageError, first_line
+from tokdiv.run_dir import part_of, read_json, write_atomic, write_error
 from tokdiv.teachers.architecture import create_model
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-CROP = 224 / 256  # of the view that tokdiv measures on; timm calls it crop_pct
-TOLERANCE = 1e-5
+CROP_PCT = 224 / 256  # the center crop of tokdiv's view
+TOLERANCE = 1e-5  # of the features of what was written, relative to the largest
 
 Triple = tuple[float, float, float]
 
@@ -46,24 +47,31 @@ def export_student(
     """Write an encoder as a folder that timm loads, and check it by loading it.
 
     Args:
-        state_dict: of the encoder alone, with timm's key names for `num_classes=0`.
+        state_dict: the encoder's, with timm's key names for `num_classes=0`.
         architecture: timm's name.
-        out: the folder; where it exists already, it is replaced once the new one is whole.
+        out: the folder; an existing one is replaced once the new one is complete.
         model_args: further arguments of the architecture, of JSON types.
-        mean, std: that the input is normalized with, in units of [0, 1].
+        mean, std: normalization of the input, in units of [0, 1].
         input_size: side of the input in pixels.
-        description: kept in config.json under "img2vec".
+        description: stored in config.json under "img2vec".
 
     Returns:
         The folder.
 
     Raises:
         UsageError: the weights do not fit the architecture.
-        RunError: what was written cannot be loaded, gives other features, or cannot be stored.
+        RunError: the folder cannot be written, or timm does not load the same model from it.
     """
+    from timm.models.vision_transformer import VisionTransformer
+
     arguments = {**(model_args or {}), "num_classes": 0}
     model = build(architecture, arguments, input_size)
-    load_whole(model, state_dict, architecture)
+    if type(model) is VisionTransformer and model.global_pool == "token":
+        # No target trains the CLS token, and k-NN and probe use the mean patch token. The final norm stays
+        # on the tokens, as in pretraining: timm's default with "avg" would be a new norm after pooling.
+        arguments |= {"global_pool": "avg", "fc_norm": False}
+        model.reset_classifier(0, global_pool="avg")
+    load_strictly(model, state_dict, architecture)
     return save_model(
         model,
         architecture,
@@ -77,12 +85,12 @@ def export_student(
 
 
 def build(architecture: str, arguments: Mapping[str, Any], input_size: int) -> nn.Module:
-    """The architecture, untrained, in eval mode; the state of torch's generators stays as it was."""
+    """The architecture, untrained, in eval mode; torch's generators keep their state."""
     import timm
 
     if not timm.is_model(architecture):
         raise UsageError(
-            f"timm {timm.__version__} has no architecture '{architecture}': install the timm that the "
+            f"timm {timm.__version__} has no architecture '{architecture}': install the version that the "
             f"student was pretrained with"
         )
     with torch.random.fork_rng(devices=[]):
@@ -103,8 +111,8 @@ def sized(architecture: str, arguments: Mapping[str, Any], input_size: int) -> d
     return {**{k: v for k, v in arguments.items() if k != "img_size"}, **extra}
 
 
-def load_whole(model: nn.Module, state_dict: Mapping[str, Tensor], architecture: str) -> None:
-    """Load weights of which none is missing, left over or of another shape."""
+def load_strictly(model: nn.Module, state_dict: Mapping[str, Tensor], architecture: str) -> None:
+    """Load weights; a missing, unexpected or misshapen one is a UsageError."""
     wanted = model.state_dict()
     problems = [f"missing {key}" for key in wanted if key not in state_dict]
     problems += [f"unexpected {key}" for key in state_dict if key not in wanted]
@@ -134,11 +142,7 @@ def save_model(
     description: Mapping[str, Any] | None = None,
     label_names: list[str] | None = None,
 ) -> Path:
-    """Write a model of timm's, with or without a classifier; see `export_student`.
-
-    The folder is made beside `out` under a temporary name, checked there, and then renamed; an older
-    `out` is moved aside just before and deleted after.
-    """
+    """Write a timm model with or without a classifier, and check it; see `export_student`."""
     out = Path(out)
     model = model.eval()
     config = _config(model, architecture, model_args, mean, std, input_size)
@@ -156,21 +160,18 @@ def save_model(
         key: (value.float() if value.is_floating_point() else value).detach().cpu().contiguous()
         for key, value in model.state_dict().items()
     }
-    token = uuid.uuid4().hex[:8]
-    part, old = (out.with_name(f".{out.name}.{kind}-{token}") for kind in ("part", "old"))
+    part, old = part_of(out), part_of(out)
     try:
         part.mkdir(parents=True)
         # timm and transformers look for this entry of the metadata.
-        safetensors.torch.save_file(tensors, part / WEIGHTS, metadata={"format": "pt"})
-        (part / CONFIG).write_text(text, encoding="utf-8")
-        for name in (WEIGHTS, CONFIG):
-            _flush(part / name)
+        write_atomic(part / WEIGHTS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
+        write_atomic(part / CONFIG, text)
         _check(part, model, input_size)
         if out.exists():
             out.rename(old)
         part.rename(out)
     except OSError as error:
-        raise RunError(f"cannot write '{out}': {error.strerror or error}") from None
+        raise write_error(out, error) from None
     finally:
         if old.exists() and not out.exists():
             old.rename(out)
@@ -201,7 +202,7 @@ def _config(
             "input_size": [3, input_size, input_size],
             "fixed_input_size": bool(known.get("fixed_input_size", False)),
             "interpolation": "bicubic",
-            "crop_pct": CROP,
+            "crop_pct": CROP_PCT,
             "crop_mode": "center",
             "mean": list(mean),
             "std": list(std),
@@ -213,43 +214,49 @@ def _config(
     }
 
 
-def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
 @torch.no_grad()
 def _check(folder: Path, model: nn.Module, input_size: int) -> None:
-    """The folder, loaded by timm as a user would, gives the features of the model."""
+    """Load the folder with timm, as a user would, and compare tokens and features with the model's."""
     import timm
 
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, 3, input_size, input_size, generator=generator)
     weight = next(model.parameters())
     try:
-        with torch.random.fork_rng(devices=[]):
-            loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        with torch.random.fork_rng(devices=[]), _plain_path(folder) as path:
+            loaded = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
         expected = _outputs(model, images.to(weight.device, weight.dtype))
         difference = (_outputs(loaded, images) - expected).abs().max().item()
     except (RuntimeError, TypeError, ValueError, KeyError, AssertionError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise RunError(f"timm cannot load the export: {reason}") from error
+        raise RunError(f"timm cannot load the export: {first_line(error)}") from error
     scale = max(1.0, expected.abs().max().item())
-    if not difference <= TOLERANCE * scale:  # also where it is not a number
+    if not difference <= TOLERANCE * scale:  # also where it is NaN
         raise RunError(
             f"the export gives features that differ by {difference:.2g} from the student's (at most "
             f"{TOLERANCE * scale:.2g} is rounding): it was not kept; weights that are not finite do this"
         )
 
 
+@contextmanager
+def _plain_path(folder: Path) -> Iterator[Path]:
+    """The folder under a path without special characters: timm before 1.0.29 cuts a path at # and ?."""
+    if re.fullmatch(r"[\w./-]+", str(folder)):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        link = Path(temporary) / "student"
+        link.symlink_to(folder.resolve(), target_is_directory=True)
+        yield link
+
+
 def _outputs(model: nn.Module, images: Tensor) -> Tensor:
-    """All that a user sees of a model, in one vector: its tokens, and its features or logits."""
+    """Tokens, and features or logits, in one vector."""
     tokens = model.forward_features(images)  # type: ignore[operator]
     return torch.cat([tokens.flatten(), model(images).flatten()]).float().cpu()
 
 
 def is_timm_folder(path: Path) -> bool:
-    """Whether it is a folder as written here (or by timm)."""
+    """Whether it is a folder in timm's format, as written here."""
     return (path / WEIGHTS).is_file() and (path / CONFIG).is_file()
 
 
@@ -272,7 +279,7 @@ def read_student(path: str | Path) -> dict[str, Any]:
     for folder in (path, path / "student"):
         if is_timm_folder(folder):
             return _read_timm_folder(folder)
-    from img2vec.checkpoint import student_from_checkpoint
+    from img2vec.checkpoint import student_from_checkpoint  # which reads a run's files
 
     return student_from_checkpoint(path)
 
@@ -281,7 +288,7 @@ def _read_timm_folder(folder: Path) -> dict[str, Any]:
     from tokdiv.teachers.weights import read_checkpoint
 
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = read_json(folder / CONFIG)
         pretrained = config["pretrained_cfg"]
         student = {
             "architecture": str(config["architecture"]),
@@ -291,9 +298,9 @@ def _read_timm_folder(folder: Path) -> dict[str, Any]:
             "input_size": int(pretrained["input_size"][-1]),
             "description": config.get("img2vec"),
         }
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise UsageError(
-            f"'{folder / CONFIG}' is no timm configuration ({type(error).__name__}: {error})"
+            f"'{folder / CONFIG}' is no timm configuration ({type(error).__name__}: {first_line(error)})"
         ) from None
     tensors = read_checkpoint(folder / WEIGHTS)
     if config.get("num_classes"):

@@ -32,17 +32,20 @@ def make_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(parameter_groups(model, weight_decay), lr=0.0, betas=BETAS, fused=True)
 
 
-def learning_rate(epoch: float, epochs: float, warmup: float, peak: float) -> float:
-    """Linear from 0 to the peak, then half a cosine to 0.
+def learning_rate(
+    epoch: float, epochs: float, warmup: float, peak: float, lowest: float = 0.0
+) -> float:
+    """Linear from 0 to the peak, then half a cosine down to the lowest.
 
     Args:
         epoch: how far the run is, in epochs with their fraction, so that every step has its own rate and
             another number of steps per epoch leaves the schedule as it is.
         epochs, warmup: length of the run and of the warm-up.
-        peak: learning rate at the end of the warm-up.
+        peak, lowest: learning rate at the end of the warm-up, and at the end.
     """
     if epoch < warmup:
         return peak * epoch / warmup
     if epochs <= warmup:
         return peak
-    return peak * (1 + math.cos(math.pi * min((epoch - warmup) / (epochs - warmup), 1.0))) / 2
+    progress = min((epoch - warmup) / (epochs - warmup), 1.0)
+    return lowest + (peak - lowest) * (1 + math.cos(math.pi * progress)) / 2

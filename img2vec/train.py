@@ -218,7 +218,7 @@ def _run(
     log = stack.enter_context(Log(out, progress.step, total, main, config.wandb, run))
     workers = config.workers or _default_workers(team)
     cache: dict[int, bytes] | None = {} if config.cache_ram and source.permutable else None
-    knn = prepare_knn(source, config, say)
+    knn = prepare_knn(source, config)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
     loss: float | None = None
     saved_at = progress.step if progress.step else -1

@@ -76,35 +76,56 @@ def open_run_dir(
             writes to it.
     """
     folder = Path(out).expanduser().resolve()
+    with _as_usage_errors(out):
+        begun = folder.is_dir() and _is_begun(folder)
+        if begun and not resume:
+            with locked(folder / LOCK, wait=False):
+                backup = _free_backup(folder)
+                folder.rename(backup)
+            log.info("moved the old run to %s", backup)
+        elif begun:
+            if not (folder / CONFIG).is_file():
+                raise UsageError(
+                    f"-o {out}: the folder is not empty and holds no run; give another one"
+                )
+            check_same(read_config(folder))
+    with locked_folder(out):
+        yield folder
+
+
+@contextlib.contextmanager
+def locked_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
+    """Make a folder, or take the one that is there; it is this process's alone within the context.
+
+    Raises:
+        UsageError: it is a file, cannot be written to, or another process writes to it.
+    """
+    folder = Path(out).expanduser().resolve()
     with contextlib.ExitStack() as stack:
-        try:
+        with _as_usage_errors(out):
             if folder.exists() and not folder.is_dir():
                 raise UsageError(f"-o {out}: is a file; give a folder")
-            if folder.is_dir() and not resume and _is_begun(folder):
-                with locked(folder / LOCK, wait=False):
-                    backup = _free_backup(folder)
-                    folder.rename(backup)
-                log.info("moved the old run to %s", backup)
-            elif folder.is_dir() and _is_begun(folder):
-                if not (folder / CONFIG).is_file():
-                    raise UsageError(
-                        f"-o {out}: the folder is not empty and holds no run; give another one"
-                    )
-                check_same(read_config(folder))
             folder.mkdir(parents=True, exist_ok=True)
             if not os.access(folder, os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
             stack.enter_context(locked(folder / LOCK, wait=False))
-        except Busy:
-            raise UsageError(
-                f"-o {out}: another process is writing to it; wait for it, or give another folder"
-            ) from None
-        except OSError as error:
-            raise UsageError(
-                f"-o {out}: cannot be written to ({first_line(error)}); give another folder"
-            ) from None
-        remove_parts(folder)
+            remove_parts(folder)
         yield folder
+
+
+@contextlib.contextmanager
+def _as_usage_errors(out: str | os.PathLike[str]) -> Iterator[None]:
+    """What is wrong with a folder is a mistake in the call."""
+    try:
+        yield
+    except Busy:
+        raise UsageError(
+            f"-o {out}: another process is writing to it; wait for it, or give another folder"
+        ) from None
+    except OSError as error:
+        raise UsageError(
+            f"-o {out}: cannot be written to ({first_line(error)}); give another folder"
+        ) from None
 
 
 def _is_begun(folder: Path) -> bool:

@@ -70,8 +70,12 @@ def check_settings(settings: Any) -> None:
             raise UsageError(
                 f"{option(field.name)} {value!r}: expected {expected(hints[field.name], field.metadata)}"
             ) from None
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if number and not _within(value, field.metadata):
+        numbers = [
+            entry
+            for entry in (value if isinstance(value, (list, tuple)) else [value])
+            if isinstance(entry, (int, float)) and not isinstance(entry, bool)
+        ]
+        if not all(_within(number, field.metadata) for number in numbers):
             raise UsageError(
                 f"{option(field.name)} {value}: expected {expected(hints[field.name], field.metadata)}"
             )
@@ -109,7 +113,11 @@ def convert(value: Any, hint: Any) -> Any:
             raise ValueError
         return value
     if origin is tuple:
-        if not isinstance(value, (list, tuple)) or len(value) != len(arguments):
+        if not isinstance(value, (list, tuple)) or not value:
+            raise ValueError
+        if arguments[-1] is Ellipsis:
+            arguments = arguments[:1] * len(value)
+        if len(value) != len(arguments):
             raise ValueError
         return tuple(convert(v, a) for v, a in zip(value, arguments))
     if origin is dict:
@@ -138,6 +146,8 @@ def expected(hint: Any, metadata: Mapping[str, Any] = types.MappingProxyType({})
         return " or ".join(expected(kind, metadata) for kind in kinds)
     if origin is Literal:
         return (f"one of {', '.join(arguments)}") if len(arguments) > 1 else repr(arguments[0])
+    if origin is tuple and arguments[-1] is Ellipsis:
+        return f"one or more of: {expected(arguments[0], metadata)}"
     if origin is tuple:
         return f"{len(arguments)} numbers"
     words = {
@@ -175,6 +185,8 @@ def with_settings(
     def parameter(field: dataclasses.Field[Any]) -> inspect.Parameter:
         metadata = field.metadata
         default = None if optional else field.default
+        if isinstance(default, tuple):
+            default = ",".join(map(str, default))
         kind = str if metadata.get("as_text") else _option_type(hints[field.name])
         if default is None:
             kind = kind | None

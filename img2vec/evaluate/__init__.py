@@ -1,20 +1,39 @@
-"""Measure a student, or any teacher with the same ruler: k-NN, linear probe, fine-tuning.
+"""Evaluate a student, a teacher or any timm model alike: k-NN, linear probe, fine-tuning.
 
-All three take a model (OUT of a pretraining, an exported folder, a checkpoint, a SPEC of tokdiv, or a
-`tokdiv.Teacher`) and two data sets with classes. The features of an image are the mean of its tokens as a
+All three take a model (OUT of a pretraining, a checkpoint, an exported folder, a SPEC, or a
+`tokdiv.Teacher`) and two data sets with classes. The feature of an image is the mean of its tokens as a
 teacher gives them: a ViT's patch tokens after its final norm, the last feature map of a ConvNet.
 
-On many processes each calls with the same arguments, after `torch.distributed` is initialized. Every
-image is counted once: process r takes the positions r, r + world, ..., without padding.
+Under torchrun, every process makes the same call after `torch.distributed` is initialized. Each image is
+counted once: process r takes the positions r, r + world, ..., without padding.
 """
 
-from img2vec.evaluate.encoder import load_encoder
-from img2vec.evaluate.features import Features, extract_features
-from img2vec.evaluate.finetune import finetune
-from img2vec.evaluate.knn import knn, weighted_knn
-from img2vec.evaluate.labeled import LabeledData, open_labeled, split_labeled
-from img2vec.evaluate.probe import probe
-from img2vec.evaluate.results import Results
+from typing import TYPE_CHECKING
+
+from tokdiv.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from img2vec.evaluate.encoder import load_encoder
+    from img2vec.evaluate.features import Features, extract_features
+    from img2vec.evaluate.finetune import finetune
+    from img2vec.evaluate.knn import knn, weighted_knn
+    from img2vec.evaluate.labeled import LabeledData, open_labeled, split_labeled
+    from img2vec.evaluate.probe import probe
+    from img2vec.evaluate.results import Results
+
+_HOMES = {
+    "Features": "features",
+    "LabeledData": "labeled",
+    "Results": "results",
+    "extract_features": "features",
+    "finetune": "finetune",
+    "knn": "knn",
+    "load_encoder": "encoder",
+    "open_labeled": "labeled",
+    "probe": "probe",
+    "split_labeled": "labeled",
+    "weighted_knn": "knn",
+}
 
 __all__ = [
     "Features",
@@ -29,3 +48,5 @@ __all__ = [
     "split_labeled",
     "weighted_knn",
 ]
+
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -17,9 +17,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from img2vec.evaluate.features import process
 from img2vec.evaluate.labeled import LabeledData
 from tokdiv.data.loader import UnusableImage, decode_image
+from tokdiv.dist import current_processes
 from tokdiv.errors import UsageError
 from tokdiv.teachers.spec import Triple
 
@@ -89,11 +89,11 @@ def _order(
     count: int, batch_size: int, first_epoch: int, epochs: int, seed: int
 ) -> Iterator[list[tuple[int, int]]]:
     """(epoch, place) of the images of this process, batch after batch."""
-    rank, world = process()
+    group = current_processes()
     for epoch in range(first_epoch, epochs):
         order = np.random.default_rng([seed, epoch]).permutation(count)
         for start in range(0, count - batch_size + 1, batch_size):
-            mine = order[start : start + batch_size][rank::world]
+            mine = order[start : start + batch_size][group.rank :: group.world]
             yield [(epoch, int(place)) for place in mine]
 
 

@@ -1,4 +1,4 @@
-"""A network of timm's with the weights of an evaluated model and a new classifier."""
+"""A timm model with the weights of an evaluated model and a new classifier."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from tokdiv.teachers.architecture import create_model
 from tokdiv.teachers.spec import CUSTOM, HANDCRAFTED, Triple
 from tokdiv.teachers.teacher import Teacher
 
-RANDOM_START = 2e-5  # deviation of the classifier's first weights, as in MAE
+HEAD_STD = 2e-5  # standard deviation of the classifier's initial weights, as in MAE
 
 
 def build_classifier(
@@ -18,7 +18,7 @@ def build_classifier(
     """A trainable network with the teacher's weights and a new classifier.
 
     Returns:
-        The network; the timm arguments that make it again; the names of the layers that start untrained.
+        The network; the timm arguments that build it again; the names of the layers that start untrained.
 
     Raises:
         UsageError: handcrafted features, a user's own module, or a network cut at a block.
@@ -28,11 +28,13 @@ def build_classifier(
     spec = teacher.spec
     if spec.architecture in HANDCRAFTED or spec.architecture == CUSTOM or spec.block is not None:
         what = "cut at a block" if spec.block is not None else f"'{spec.architecture}'"
-        raise UsageError(f"{teacher.name} is {what}: fine-tuning takes whole networks of timm's")
+        raise UsageError(f"{teacher.name} is {what}: fine-tuning takes whole timm models")
     arguments = {k: v for k, v in spec.arguments.items() if k != "img_size"}
     arguments["num_classes"] = num_classes
     if isinstance(teacher.module, VisionTransformer):
+        # As in MAE: average pooling, then a new norm. The final norm, which normalized tokens, is dropped.
         arguments["global_pool"] = "avg"
+        arguments.pop("fc_norm", None)
     own = {"num_classes": num_classes, "drop_path_rate": drop_path}
     given = {k: v for k, v in arguments.items() if k not in own}
     try:
@@ -43,24 +45,22 @@ def build_classifier(
     classifier = network.get_classifier()
     if not isinstance(classifier, nn.Linear):
         raise UsageError(f"{spec.architecture} has no linear classifier to fine-tune")
-    nn.init.trunc_normal_(classifier.weight, std=RANDOM_START)
+    nn.init.trunc_normal_(classifier.weight, std=HEAD_STD)
     nn.init.zeros_(classifier.bias)
     missing, _ = network.load_state_dict(weights, strict=False)
-    fresh = sorted({name.rpartition(".")[0] for name in missing})
-    # The final norm of a ViT stays behind: it normalized tokens, and `fc_norm` their average.
-    if any(
-        name.startswith(("blocks.", "stages.", "layer", "patch_embed", "stem")) for name in fresh
-    ):
-        raise RunError(f"{teacher.name}: no weights for {', '.join(fresh)}")
-    return network, arguments, fresh
+    untrained = sorted({name.rpartition(".")[0] for name in missing})
+    backbone = ("blocks.", "stages.", "layer", "patch_embed", "stem")
+    if any(name.startswith(backbone) for name in untrained):
+        raise RunError(f"{teacher.name}: no weights for {', '.join(untrained)}")
+    return network, arguments, untrained
 
 
 def parameter_groups(
     network: nn.Module, weight_decay: float, layer_decay: float
 ) -> list[dict[str, Any]]:
-    """timm's groups with `lr_scale` = layer_decay ** (number of layers above), as in BEiT and MAE.
+    """Parameter groups with `lr_scale` = layer_decay ** (number of layers above), as in BEiT and MAE.
 
-    Biases, norms and the embeddings that timm names take no weight decay.
+    Biases, norms and the embeddings that timm names have no weight decay.
     """
     from timm.optim import param_groups_layer_decay
 
@@ -74,7 +74,7 @@ def parameter_groups(
 
 
 def mean_and_std(teacher: Teacher) -> tuple[Triple, Triple]:
-    """Of the RGB channels, in units of [0, 1]."""
+    """Mean and standard deviation of the RGB channels that the teacher normalizes with, in [0, 1]."""
     mean, std = (
         tuple((buffer.flatten() / 255).cpu().tolist()) for buffer in (teacher.mean, teacher.std)
     )

@@ -1,10 +1,9 @@
-"""The model to evaluate, whatever it is given as: always a frozen Teacher, so that one ruler fits all."""
+"""Load any model as a frozen Teacher: a pretrained student, a checkpoint, or a SPEC."""
 
 import os
 import tempfile
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from img2vec.export import WEIGHTS, export_student, is_timm_folder, read_student
@@ -12,7 +11,7 @@ from tokdiv.dist import choose_device, choose_dtype
 from tokdiv.errors import UsageError
 from tokdiv.teachers.load import load_teacher
 from tokdiv.teachers.spec import TeacherSpec
-from tokdiv.teachers.teacher import DTYPES, Teacher
+from tokdiv.teachers.teacher import Teacher
 
 FEATURES = ("mean", "cls")
 
@@ -28,23 +27,23 @@ def load_encoder(
     """Load a model, frozen, in eval mode, for uint8 images.
 
     Args:
-        model: OUT of a pretraining, an exported folder, a checkpoint, a SPEC, or a Teacher as it is.
-        feature: "mean" of the spatial tokens (a ViT's patch tokens after its final norm), or "cls", a
-            ViT's class token after it.
-        image_size: side of the view in pixels; None for a student's own, and 224 for a SPEC.
+        model: OUT of a pretraining, an exported folder, a checkpoint, a SPEC, or a Teacher.
+        feature: "mean" of the spatial tokens (a ViT's patch tokens after the final norm), or a ViT's "cls"
+            token after the final norm.
+        image_size: side of the view in pixels; None: a student's own, 224 for a SPEC.
         device: as `tokdiv.dist.choose_device` takes it.
         dtype: "float32", "bfloat16" (autocast), or "auto": bfloat16 where the device has it natively.
 
     Returns:
-        A Teacher whose tokens, averaged, are the features: with "cls" there is one token.
+        A Teacher whose mean token is the feature; with "cls" it has that one token.
 
     Raises:
-        UsageError: no such model, or one without class token.
+        UsageError: no such model, or it has no class token.
     """
     if feature not in FEATURES:
         raise UsageError(f"--feature {feature}: expected one of {', '.join(FEATURES)}")
-    place = choose_device(device)
-    number_format = precision(dtype, place)
+    chosen = choose_device(device)
+    dtype = choose_dtype(dtype, chosen)
     if isinstance(model, Teacher):
         if image_size not in (None, model.size):
             raise UsageError(
@@ -56,7 +55,7 @@ def load_encoder(
         teacher = _load(model, image_size)
     if feature == "cls":
         teacher = _class_token(teacher)
-    return teacher.prepare(place, number_format)
+    return teacher.prepare(chosen, dtype)
 
 
 def _load(model: str | Path, image_size: int | None) -> Teacher:
@@ -74,7 +73,7 @@ def _load(model: str | Path, image_size: int | None) -> Teacher:
     for folder in (path, path / "student"):
         if is_timm_folder(folder):
             return _load_folder(folder, str(model), image_size)
-    # A checkpoint's student takes the same way as an exported one: it is exported, and checked so.
+    # A checkpoint is exported first, so that its student is loaded and checked as an exported one.
     with tempfile.TemporaryDirectory(prefix="img2vec-") as temporary:
         folder = export_student(**read_student(path), out=Path(temporary) / "student")
         return _load_folder(folder, str(model), image_size)
@@ -119,10 +118,3 @@ def _class_token(teacher: Teacher) -> Teacher:
     return Teacher(
         network, tokens, mean=mean, std=std, size=teacher.size, name=teacher.name, spec=teacher.spec
     )
-
-
-def precision(dtype: str, device: torch.device) -> str:
-    """ "float32" or "bfloat16"; "auto" is bfloat16 where the device computes in it natively."""
-    if dtype not in ("auto", *DTYPES):
-        raise UsageError(f"--dtype {dtype}: expected auto, {' or '.join(DTYPES)}")
-    return choose_dtype(dtype, device)

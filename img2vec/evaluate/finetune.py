@@ -1,7 +1,9 @@
 """Fine-tuning of the whole network with a classifier: MAE's recipe (arXiv 2111.06377, app. A.1, table 9)."""
 
+import dataclasses
 import json
-import os
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,29 +11,50 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
+from img2vec.checkpoint import (
+    load_training_state,
+    read_checkpoint,
+    training_state,
+    write_checkpoint,
+)
 from img2vec.evaluate.augment import randaugment, training_batches
 from img2vec.evaluate.classifier import build_classifier, mean_and_std, parameter_groups
-from img2vec.evaluate.encoder import load_encoder, precision
-from img2vec.evaluate.features import (
-    check_positive,
-    default_workers,
-    enough_memory,
-    gather_rows,
-    process,
-    sum_over_processes,
-)
+from img2vec.evaluate.encoder import load_encoder
 from img2vec.evaluate.labeled import LabeledData, open_labeled
-from img2vec.evaluate.optimization import learning_rate, warmup_remark
 from img2vec.evaluate.results import Results, describe_data
-from img2vec.evaluate.supervised import Recipe, accumulate_gradient, measure_accuracy, mixing_of
+from img2vec.evaluate.settings import FinetuneSettings, Recipe, peak_lr, warmup_note
+from img2vec.evaluate.supervised import make_mixing, measure_accuracy, train_step
 from img2vec.export import save_model
-from tokdiv.dist import choose_device
-from tokdiv.errors import RunError, UsageError
+from tokdiv.dist import (
+    Interruption,
+    Processes,
+    caught_signals,
+    choose_device,
+    choose_dtype,
+    current_processes,
+    default_workers,
+)
+from tokdiv.errors import Interrupted, RunError, UsageError
+from tokdiv.progress import progress_bar
+from tokdiv.run_dir import locked_folder
 from tokdiv.teachers.teacher import Teacher
 
-CHECKPOINT = "checkpoint.pt"
+CHECKPOINT, KIND = "checkpoint.pt", "img2vec finetune"
+NOT_RECORDED = ("micro_batch_size", "workers", "device")  # they do not change the result
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The epochs done.
+
+    history: one entry per epoch: epoch, loss, lr, and val_ with each metric.
+    unusable: positions of the training images found unusable. num_val: number of usable val images.
+    """
+
+    history: list[dict[str, float]]
+    unusable: list[int]
+    num_val: int
 
 
 def finetune(
@@ -39,135 +62,102 @@ def finetune(
     train: str,
     val: str,
     out: str | Path | None = None,
-    *,
-    epochs: int = 100,
-    batch_size: int = 1024,
-    micro_batch_size: int | None = None,
-    blr: float = 5e-4,
-    lr: float | None = None,
-    min_lr: float = 1e-6,
-    warmup_epochs: float = 5,
-    weight_decay: float = 0.05,
-    layer_decay: float = 0.65,
-    drop_path: float = 0.1,
-    mixup: float = 0.8,
-    cutmix: float = 1.0,
-    smoothing: float = 0.1,
-    auto_augment: str = "rand-m9-mstd0.5-inc1",
-    reprob: float = 0.25,
-    image_size: int | None = None,
-    workers: int | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    seed: int = 0,
+    **options: Any,
 ) -> Results:
     """Accuracy of the network fine-tuned for the classes of `train`.
 
-    A ViT classifies the average of its patch tokens behind a new norm (timm's `fc_norm`). Goes on from
-    OUT/checkpoint.pt, written after each epoch, where that is of the same call.
+    A ViT classifies the average of its patch tokens after a new norm (timm's `fc_norm`). The state is saved
+    after each epoch; the same call goes on from there.
 
     Args:
-        model: see `load_encoder`; a whole network of timm's.
+        model: see `load_encoder`; a whole timm model.
         train, val: DATA with classes.
-        out: folder for results.json, results.csv and model/ (the classifier, in timm's format); None
-            writes nothing.
-        batch_size: of all processes together; at most the number of training images.
-        micro_batch_size: images of one process in a forward pass; None for all of its batch. Smaller ones
-            take less memory and more time; the gradient is that of the whole batch.
-        blr: base learning rate: lr = blr * batch_size / 256. lr: instead of it.
-        layer_decay: the learning rate of a layer is that of the next one times this.
-        mixup, cutmix, reprob: 0 turns it off. auto_augment: in timm's notation; "" turns it off.
-        image_size, device, dtype: see `load_encoder`; bfloat16 is autocast, the weights are float32.
-        workers: worker processes of one process; None for one per core.
+        out: folder for results.json, results.csv, model/ (the classifier, in timm's format) and, until it is
+            done, checkpoint.pt; None writes nothing.
+        options: fields of `FinetuneSettings`. With bfloat16 the forward pass is autocast; weights are float32.
 
     Returns:
-        top1, top5 (from five classes on) and loss on `val` after the last epoch: none is chosen by its
-        accuracy there.
+        top1, top5 (from five classes on) and loss on `val` after the last epoch. No epoch is selected by
+        its accuracy on `val`.
 
     Raises:
-        UsageError, RunError: see `load_encoder` and `open_labeled`; a model that is no whole network of
-            timm's; a loss that is not finite.
+        UsageError, RunError: see `load_encoder` and `open_labeled`; a model that is no whole timm model;
+            a loss that is not finite.
+        Interrupted: SIGINT, SIGTERM or SIGUSR1 came; only with `out`.
     """
-    check_positive(epochs=epochs, batch_size=batch_size, layer_decay=layer_decay)
-    if micro_batch_size is not None:
-        check_positive(micro_batch_size=micro_batch_size)
-    learn, measure = open_labeled(train, val)
-    place = choose_device(device)
-    teacher = load_encoder(model, image_size=image_size, device="cpu", dtype="float32")
-    rank, world = process()
-    used = min(batch_size, len(learn))
-    used -= used % (2 * world)  # each process has a part of one size, of pairs to mix
-    if not used:
-        raise UsageError(
-            f"a batch of {min(batch_size, len(learn))} images for {world} processes: each needs two or more"
+    given = FinetuneSettings(**options)
+    train_data, val_data = open_labeled(train, val)
+    device = choose_device(given.device)
+    group = current_processes(device)
+    teacher = load_encoder(model, image_size=given.image_size, device="cpu", dtype="float32")
+    recipe = _decide(given, teacher, len(train_data), group)
+    notes = warmup_note(recipe.warmup_epochs, recipe.epochs)
+    if recipe.batch_size < given.batch_size:
+        notes.append(
+            f"batch of {recipe.batch_size}: there are {len(train_data)} training images, "
+            f"{group.world} processes"
         )
-    recipe = Recipe(
-        epochs=epochs,
-        batch_size=used,
-        lr=blr * used / 256 if lr is None else lr,
-        min_lr=min_lr,
-        warmup_epochs=warmup_epochs,
-        weight_decay=weight_decay,
-        layer_decay=layer_decay,
-        drop_path=drop_path,
-        mixup=mixup,
-        cutmix=cutmix,
-        smoothing=smoothing,
-        auto_augment=auto_augment,
-        reprob=reprob,
-        image_size=teacher.size,
-        dtype=precision(dtype, place),
-        seed=seed,
-    )
-    notes = warmup_remark(warmup_epochs, epochs)
-    if used < batch_size:
-        notes.append(f"batch of {used}: there are {len(learn)} training images, {world} processes")
-    with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
-        torch.manual_seed(seed)
-        network, arguments, fresh = build_classifier(teacher, learn.num_classes, drop_path)
-        notes += [f"starts untrained: {', '.join(fresh)}"]
-        network.to(place)
-        history, skipped, counts = _train(
-            network,
-            teacher,
-            learn,
-            measure,
-            recipe,
-            micro_batch_size=micro_batch_size or used // world,
-            workers=default_workers() if workers is None else workers,
-            folder=None if out is None else Path(out),
-            identity={
-                "model": _identity(teacher),
-                "train": learn.source.fingerprint,
-                "val": measure.source.fingerprint,
-            },
+    with ExitStack() as stack:
+        folder = None
+        if out is not None:
+            folder = group.on_first(lambda: stack.enter_context(locked_folder(out)))
+        cuda = [device] if device.type == "cuda" else []
+        stack.enter_context(torch.random.fork_rng(devices=cuda))
+        torch.manual_seed(recipe.seed)
+        network, arguments, untrained = build_classifier(
+            teacher, train_data.num_classes, recipe.drop_path
         )
-    num_classified = counts.pop("images")
-    results = Results(
-        task="finetune",
-        model=teacher.name,
-        metrics=counts,
-        settings={**recipe.__dict__, "blr": blr},
-        data=describe_data(learn, measure, skipped, len(measure) - int(num_classified)),
-        notes=notes,
-        history=history,
-    )
-    if out is not None and rank == 0:
-        mean, std = mean_and_std(teacher)
-        save_model(
-            network,
-            teacher.spec.architecture,
-            Path(out) / "model",
-            model_args=arguments,
-            mean=mean,
-            std=std,
-            input_size=teacher.size,
-            description={"task": "finetune", "top1": counts["top1"]},
-            label_names=learn.classes,
+        notes.append(f"starts untrained: {', '.join(untrained)}")
+        network.to(device)
+        progress = _train(network, teacher, train_data, val_data, recipe, group, folder)
+        last = progress.history[-1]
+        recorded = {k: v for k, v in vars(recipe).items() if k not in NOT_RECORDED}
+        skipped = len(progress.unusable), len(val_data) - progress.num_val
+        results = Results(
+            task="finetune",
+            model=teacher.name,
+            metrics={k[4:]: v for k, v in last.items() if k.startswith("val_")},
+            settings=recorded,
+            data=describe_data(train_data, val_data, *skipped),
+            notes=notes,
+            history=progress.history,
         )
-        results.write(out)
-        (Path(out) / CHECKPOINT).unlink(missing_ok=True)
+        if folder is not None and group.rank == 0:
+            mean, std = mean_and_std(teacher)
+            save_model(
+                network,
+                teacher.spec.architecture,
+                folder / "model",
+                model_args=arguments,
+                mean=mean,
+                std=std,
+                input_size=teacher.size,
+                description={"task": "finetune", "top1": results.metrics["top1"]},
+                label_names=train_data.classes,
+            )
+            results.write(folder)
+            (folder / CHECKPOINT).unlink(missing_ok=True)
     return results
+
+
+def _decide(given: FinetuneSettings, teacher: Teacher, num_train: int, group: Processes) -> Recipe:
+    """Decide the batch, learning rate, size, dtype and workers that were left open."""
+    batch_size = min(given.batch_size, num_train)
+    batch_size -= batch_size % (2 * group.world)  # equal parts per process, of pairs to mix
+    if not batch_size:
+        raise UsageError(
+            f"a batch of {min(given.batch_size, num_train)} images for {group.world} processes: each needs "
+            f"two or more"
+        )
+    decided = {
+        "batch_size": batch_size,
+        "micro_batch_size": given.micro_batch_size or batch_size // group.world,
+        "lr": peak_lr(given, batch_size),
+        "image_size": teacher.size,
+        "dtype": choose_dtype(given.dtype, group.device),
+        "workers": default_workers() if given.workers is None else given.workers,
+    }
+    return Recipe(**{**vars(given), **decided})
 
 
 # Training ----------------------------------------------------------------------------------------
@@ -176,187 +166,129 @@ def finetune(
 def _train(
     network: nn.Module,
     teacher: Teacher,
-    learn: LabeledData,
-    measure: LabeledData,
+    train_data: LabeledData,
+    val_data: LabeledData,
     recipe: Recipe,
-    *,
-    micro_batch_size: int,
-    workers: int,
+    group: Processes,
     folder: Path | None,
-    identity: dict[str, Any],
-) -> tuple[list[dict[str, Any]], int, dict[str, float]]:
-    """Train and measure each epoch: the history, unusable training images, the last measurement."""
-    rank, world = process()
-    device = next(network.parameters()).device
+) -> Progress:
+    """Train to the last epoch, and measure the accuracy on `val_data` after each."""
+    device = group.device
     optimizer = torch.optim.AdamW(
         parameter_groups(network, recipe.weight_decay, recipe.layer_decay),
         lr=recipe.lr,
         fused=device.type == "cuda",
     )
-    trained: nn.Module = network
-    if world > 1:
-        trained = DistributedDataParallel(
-            network, device_ids=[device] if device.type == "cuda" else None
-        )
-    identity = json.loads(json.dumps({**identity, **recipe.__dict__, "world": world}))
-    history: list[dict[str, Any]] = []
-    unusable: set[int] = set()
-    first = _resume(folder, identity, network, optimizer, history, unusable)
-    # This gather is also the barrier that keeps the first process from writing while another reads.
-    if len(set(gather_rows(torch.tensor([first]), device).tolist())) > 1:
+    identity = _identity(teacher, train_data, val_data, recipe, group)
+    progress = _resume(folder, identity, network, optimizer)
+    if group.max(len(progress.history)) != -group.max(-len(progress.history)):
         raise UsageError(
-            f"'{folder}' is not seen by all processes: OUT must lie on a file system that they share"
+            f"'{folder}' is not seen by all processes: -o must lie on a file system that they share"
         )
-    mixing = mixing_of(recipe, learn.num_classes)
-    mean, std = teacher.mean.to(device), teacher.std.to(device)
-    transform_mean, transform_std = mean_and_std(teacher)
+    model = network
+    if group.world > 1:
+        cuda = [device] if device.type == "cuda" else None
+        model = DistributedDataParallel(network, device_ids=cuda)
+    mixing = make_mixing(recipe, train_data.num_classes)
+    mean, std = mean_and_std(teacher)
     transform = randaugment(
-        recipe.image_size,
+        teacher.size,
         auto_augment=recipe.auto_augment,
         reprob=recipe.reprob,
-        mean=transform_mean,
-        std=transform_std,
+        mean=mean,
+        std=std,
     )
-    batches = training_batches(
-        learn,
-        transform,
-        recipe.image_size,
-        batch_size=recipe.batch_size,
-        first_epoch=first,
-        epochs=recipe.epochs,
-        seed=recipe.seed,
-        workers=workers,
-        pin_memory=device.type == "cuda",
-    )
-    measured: dict[str, float] = dict(history[-1]["val"]) if history else {}
-    losses: list[Tensor] = []
-    num_steps = len(learn) // recipe.batch_size
-    silent = None if rank == 0 else True
-    with tqdm(
-        total=recipe.epochs * num_steps,
-        initial=first * num_steps,
-        desc="finetune",
-        unit="step",
-        disable=silent,
-    ) as bar:
-        for batch in batches:
-            if batch.step == 0:
-                # Drop path draws from the device's generator; a resumed run must draw the same.
-                entropy = np.random.SeedSequence([recipe.seed, batch.epoch, rank])
-                torch.manual_seed(int(entropy.generate_state(1)[0]))
-            progress = batch.epoch + batch.step / batch.num_steps
-            rate = learning_rate(
-                progress,
-                peak=recipe.lr,
-                epochs=recipe.epochs,
-                warmup_epochs=recipe.warmup_epochs,
-                lowest=recipe.min_lr,
-            )
-            for group in optimizer.param_groups:
-                group["lr"] = rate * group.get("lr_scale", 1.0)
-            trained.train()
-            with enough_memory("--micro-batch-size", micro_batch_size):
-                loss = accumulate_gradient(trained, batch, recipe, mixing, micro_batch_size, device)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            losses.append(loss)
-            unusable.update(batch.skipped)
-            bar.update()
-            if batch.step + 1 < batch.num_steps:
-                continue
-            mean_loss = float(sum_over_processes(torch.stack(losses).mean(), device)) / world
-            losses.clear()
-            everywhere = gather_rows(torch.tensor(sorted(unusable), dtype=torch.int64), device)
-            unusable.update(everywhere.tolist())
-            if not np.isfinite(mean_loss):
+    steps = len(train_data) // recipe.batch_size
+    with (
+        caught_signals() if folder is not None else nullcontext(Interruption()) as interruption,
+        progress_bar(
+            total=recipe.epochs * steps,
+            initial=len(progress.history) * steps,
+            desc="finetune",
+            unit="step",
+            show=group.rank == 0,
+        ) as bar,
+    ):
+        for epoch in range(len(progress.history), recipe.epochs):
+            # Drop path draws from the device's generator; a resumed run must draw the same.
+            entropy = np.random.SeedSequence([recipe.seed, epoch, group.rank])
+            torch.manual_seed(int(entropy.generate_state(1)[0]))
+            losses: list[Tensor] = []
+            unusable = set(progress.unusable)
+            for batch in training_batches(
+                train_data,
+                transform,
+                teacher.size,
+                batch_size=recipe.batch_size,
+                first_epoch=epoch,
+                epochs=epoch + 1,
+                seed=recipe.seed,
+                workers=recipe.workers,
+                pin_memory=device.type == "cuda",
+            ):
+                losses.append(train_step(model, optimizer, batch, recipe, mixing, group))
+                unusable.update(batch.skipped)
+                bar.update()
+                if signal := group.max(interruption.signal):
+                    raise Interrupted(signal, f"{epoch} epochs")
+            loss = float(group.sum(torch.stack(losses).mean())) / group.world
+            if not np.isfinite(loss):
                 raise RunError(
-                    f"the loss of epoch {batch.epoch} is {mean_loss}: use a lower --blr, or --dtype float32"
+                    f"the loss of epoch {epoch} is {loss}: use a lower --blr, or --dtype float32"
                 )
-            measured = measure_accuracy(
-                network, measure, mean, std, recipe, workers=workers, batch_size=micro_batch_size
+            accuracy, num_val = measure_accuracy(
+                network, val_data, teacher.mean.to(device), teacher.std.to(device), recipe, group
             )
-            history.append(
-                {"epoch": batch.epoch, "loss": mean_loss, "lr": rate, "val": dict(measured)}
-            )
-            bar.set_postfix(loss=f"{mean_loss:.3f}", top1=f"{measured['top1']:.3f}")
-            _save(folder, identity, network, optimizer, history, unusable)
-    flat = [
-        {**{k: v for k, v in entry.items() if k != "val"}, **_prefixed(entry["val"])}
-        for entry in history
-    ]
-    return flat, len(unusable), measured
+            entry = {"epoch": epoch, "loss": loss, "lr": optimizer.param_groups[-1]["lr"]}
+            entry |= {f"val_{name}": value for name, value in accuracy.items()}
+            found = group.gather_rows(torch.tensor(sorted(unusable), dtype=torch.int64))
+            progress = Progress([*progress.history, entry], sorted(set(found.tolist())), num_val)
+            if folder is not None:
+                state = training_state(network, optimizer)  # on every process
+                if group.rank == 0:
+                    progress_now = {"identity": identity, "progress": dataclasses.asdict(progress)}
+                    write_checkpoint(folder / CHECKPOINT, KIND, {**state, **progress_now})
+            bar.set_postfix(loss=f"{loss:.3f}", top1=f"{accuracy['top1']:.3f}")
+    return progress
 
 
-def _prefixed(metrics: dict[str, float]) -> dict[str, float]:
-    return {f"val_{name}": value for name, value in metrics.items() if name != "images"}
+# Resuming ----------------------------------------------------------------------------------------
 
 
-# Going on ----------------------------------------------------------------------------------------
-
-
-def _identity(teacher: Teacher) -> dict[str, Any]:
-    """What makes a model that model: its weights by their hash, wherever they lie."""
+def _identity(
+    teacher: Teacher,
+    train_data: LabeledData,
+    val_data: LabeledData,
+    recipe: Recipe,
+    group: Processes,
+) -> str:
+    """What must be equal for a run to be resumed, as JSON; weights count by their hash, wherever they are."""
     spec = teacher.spec.to_dict()
     keys = ("architecture", "sha256", "mean", "std", "size", "arguments", "seed")
-    return {key: spec[key] for key in keys}
-
-
-def _save(
-    folder: Path | None,
-    identity: dict[str, Any],
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    history: list[dict[str, Any]],
-    unusable: set[int],
-) -> None:
-    """After an epoch, on the first process: atomic, so that a cut leaves the epoch before."""
-    if folder is None or process()[0] != 0:
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        part = folder / f".{CHECKPOINT}.{os.getpid()}"
-        state = {
-            "identity": json.dumps(identity, sort_keys=True),
-            "network": network.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "history": json.dumps(history),
-            "unusable": sorted(unusable),
-        }
-        torch.save(state, part)
-        part.replace(folder / CHECKPOINT)
-    except OSError as error:
-        raise RunError(f"cannot write to '{folder}': {error.strerror or error}") from None
+    identity = {
+        "model": {key: spec[key] for key in keys},
+        "train": train_data.source.fingerprint,
+        "val": val_data.source.fingerprint,
+        "settings": {k: v for k, v in vars(recipe).items() if k not in NOT_RECORDED},
+        "world": group.world,
+    }
+    return json.dumps(identity, sort_keys=True)
 
 
 def _resume(
-    folder: Path | None,
-    identity: dict[str, Any],
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    history: list[dict[str, Any]],
-    unusable: set[int],
-) -> int:
-    """Load what `_save` wrote, where there is something; the epoch to go on with.
-
-    Raises:
-        UsageError: it is of another call.
-    """
-    if folder is None or not (folder / CHECKPOINT).is_file():
-        return 0
+    folder: Path | None, identity: str, network: nn.Module, optimizer: torch.optim.Optimizer
+) -> Progress:
+    """Load the checkpoint of the same run, where there is one. Another run's is an error, never overwritten."""
+    path = None if folder is None else folder / CHECKPOINT
+    if path is None or not path.is_file():
+        return Progress([], [], 0)
+    remedy = "delete it to start anew, or give another folder with -o"
     try:
-        state = torch.load(folder / CHECKPOINT, map_location="cpu", weights_only=True)
-        same = state["identity"] == json.dumps(identity, sort_keys=True)
-    except Exception:
-        raise UsageError(
-            f"'{folder / CHECKPOINT}' is damaged: delete it to start anew, or give another folder with -o"
-        ) from None
-    if not same:
-        raise UsageError(
-            f"'{folder / CHECKPOINT}' is of a fine-tuning with other settings: delete it to start anew, or "
-            f"give another folder with -o"
-        )
-    network.load_state_dict(state["network"])
-    optimizer.load_state_dict(state["optimizer"])
-    history.extend(json.loads(state["history"]))
-    unusable.update(state["unusable"])
-    return len(history)
+        state = read_checkpoint(path, KIND)
+        same = state.get("identity") == identity
+        if same:
+            load_training_state(network, optimizer, state, path)
+            return Progress(**state["progress"])
+    except UsageError as error:
+        raise UsageError(f"{error}; {remedy}") from None
+    raise UsageError(f"'{path}' is of a fine-tuning with other settings: {remedy}")

@@ -2,28 +2,23 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from img2vec.evaluate.encoder import load_encoder
-from img2vec.evaluate.features import (
-    check_positive,
-    exact_device,
-    extract_features,
-    process,
-    sum_over_processes,
-)
+from img2vec.evaluate.features import extract_features, float64_device
 from img2vec.evaluate.labeled import open_labeled
 from img2vec.evaluate.results import Results, describe_data
+from img2vec.evaluate.settings import KnnSettings
+from tokdiv.dist import current_processes
 from tokdiv.errors import UsageError
 from tokdiv.teachers.teacher import Teacher
 
-NEIGHBOURS = (10, 20, 100, 200)
-TEMPERATURE = 0.07
-# Similarities held at once, test images x training images: 256 MiB of float32.
-SIMILARITIES = 2**26
+# Most similarities held at once, val images x training images: 256 MiB of float32.
+MAX_SIMILARITIES = 2**26
 
 
 def knn(
@@ -31,26 +26,15 @@ def knn(
     train: str,
     val: str,
     out: str | Path | None = None,
-    *,
-    k: Sequence[int] = NEIGHBOURS,
-    temperature: float = TEMPERATURE,
-    feature: str = "mean",
-    image_size: int | None = None,
-    batch_size: int = 64,
-    workers: int | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
+    **options: Any,
 ) -> Results:
     """Accuracy of a weighted k-NN classifier on frozen features.
 
     Args:
-        model, feature, image_size, device, dtype: see `load_encoder`.
+        model: see `load_encoder`.
         train: DATA that the neighbors come from. val: DATA that is classified. Both with classes.
         out: folder for results.json and results.csv; None writes nothing.
-        k: numbers of neighbors; one above the number of training images is left out.
-        temperature: of the votes.
-        batch_size: images in a forward pass of one process.
-        workers: decoding threads of one process; None for one per core.
+        options: fields of `KnnSettings`. A k above the number of training images is left out.
 
     Returns:
         top1_kN for each k, and top5_kN where there are five classes or more, in [0, 1].
@@ -58,44 +42,48 @@ def knn(
     Raises:
         UsageError, RunError: see `load_encoder`, `open_labeled`, `extract_features`.
     """
-    check_positive(temperature=temperature, batch_size=batch_size, k=min(k, default=0))
-    learn, measure = open_labeled(train, val)
+    settings = KnnSettings(**options)
+    train_data, val_data = open_labeled(train, val)
     encoder = load_encoder(
-        model, feature=feature, image_size=image_size, device=device, dtype=dtype
+        model,
+        feature=settings.feature,
+        image_size=settings.image_size,
+        device=settings.device,
+        dtype=settings.dtype,
     )
-    place = encoder.mean.device
+    device = encoder.mean.device
+    group = current_processes(device)
     bank, queries = (
         extract_features(
             encoder,
             data,
             encoder.size,
-            batch_size=batch_size,
-            workers=workers,
-            device=place,
-            description=description,
+            batch_size=settings.batch_size,
+            workers=settings.workers,
+            device=device,
+            description=f"features of {name}",
         )
-        for data, description in ((learn, "features of train"), (measure, "features of val"))
+        for name, data in (("train", train_data), ("val", val_data))
     )
-    used = usable_neighbors(k, len(bank.labels))
-    rank, world = process()
+    used = usable_neighbors(settings.k, len(bank.labels))
     hits = weighted_knn_hits(
         bank.features,
         bank.labels,
-        queries.features[rank::world],
-        queries.labels[rank::world],
-        num_classes=learn.num_classes,
+        queries.features[group.rank :: group.world],
+        queries.labels[group.rank :: group.world],
+        num_classes=train_data.num_classes,
         k=used,
-        temperature=temperature,
-        device=exact_device(place),
+        temperature=settings.temperature,
+        device=float64_device(device),
     )
-    totals = sum_over_processes(torch.tensor([hits[count] for count in used]), place)
+    totals = group.sum(torch.tensor([hits[k] for k in used]))
     metrics = {}
-    for count, (top1, top5) in zip(used, totals.tolist()):
-        metrics[f"top1_k{count}"] = top1 / len(queries.labels)
-        if learn.num_classes >= 5:
-            metrics[f"top5_k{count}"] = top5 / len(queries.labels)
+    for k, (top1, top5) in zip(used, totals.tolist()):
+        metrics[f"top1_k{k}"] = top1 / len(queries.labels)
+        if train_data.num_classes >= 5:
+            metrics[f"top5_k{k}"] = top5 / len(queries.labels)
     notes = []
-    if left_out := [count for count in k if count not in used]:
+    if left_out := [k for k in settings.k if k not in used]:
         notes.append(
             f"k = {', '.join(map(str, left_out))} left out: there are {len(bank.labels)} training images"
         )
@@ -104,97 +92,96 @@ def knn(
         model=encoder.name,
         metrics=metrics,
         settings={
-            "k": list(used),
-            "temperature": temperature,
-            "feature": feature,
+            "k": used,
+            "temperature": settings.temperature,
+            "feature": settings.feature,
             "image_size": encoder.size,
             "dim": encoder.dim,
             "dtype": str(encoder.dtype).removeprefix("torch."),
         },
-        data=describe_data(learn, measure, bank.skipped, queries.skipped),
+        data=describe_data(train_data, val_data, bank.skipped, queries.skipped),
         notes=notes,
     )
-    if out is not None and rank == 0:
+    if out is not None and group.rank == 0:
         results.write(out)
     return results
 
 
 def usable_neighbors(k: Sequence[int], num_train: int) -> list[int]:
     """The distinct k up to the number of training images, ascending; that number where all exceed it."""
-    return sorted({count for count in k if count <= num_train}) or [num_train]
+    return sorted({n for n in k if n <= num_train}) or [num_train]
 
 
 def weighted_knn(
     train_features: Tensor,
     train_labels: Tensor,
-    test_features: Tensor,
-    test_labels: Tensor,
+    val_features: Tensor,
+    val_labels: Tensor,
     *,
     num_classes: int | None = None,
-    k: Sequence[int] = NEIGHBOURS,
-    temperature: float = TEMPERATURE,
+    k: Sequence[int] = KnnSettings.k,
+    temperature: float = KnnSettings.temperature,
 ) -> dict[int, float]:
     """Top-1 accuracy in [0, 1] for each k.
 
     Args:
         train_features: float (N, C). train_labels: int64 (N,), 0 to num_classes - 1.
-        test_features: float (M, C). test_labels: int64 (M,).
-        num_classes: None for what the labels show.
+        val_features: float (M, C). val_labels: int64 (M,).
+        num_classes: None: one more than the largest label.
         k, temperature: see `knn`.
     """
     used = usable_neighbors(k, len(train_labels))
     if num_classes is None:
-        num_classes = 1 + int(max(train_labels.max(), test_labels.max()))
+        num_classes = 1 + int(max(train_labels.max(), val_labels.max()))
     hits = weighted_knn_hits(
         train_features,
         train_labels,
-        test_features,
-        test_labels,
+        val_features,
+        val_labels,
         num_classes=num_classes,
         k=used,
         temperature=temperature,
         device=train_features.device,
     )
-    return {count: hits[count][0] / len(test_labels) for count in used}
+    return {n: hits[n][0] / len(val_labels) for n in used}
 
 
 @torch.no_grad()
 def weighted_knn_hits(
     train_features: Tensor,
     train_labels: Tensor,
-    test_features: Tensor,
-    test_labels: Tensor,
+    val_features: Tensor,
+    val_labels: Tensor,
     *,
     num_classes: int,
     k: Sequence[int],
     temperature: float,
     device: str | torch.device,
 ) -> dict[int, tuple[int, int]]:
-    """How many test images are right at first, and among the five classes with the most votes.
+    """For each k, how many val images are classified right, and how many have their class among the top five.
 
     Each of the k nearest by cosine votes for its class with weight exp(cosine / temperature). A class
-    without votes is never right, also where fewer than five have any. Test images are taken in chunks, so
-    that at most SIMILARITIES numbers are held beside the features.
+    without votes never counts as right, also where fewer than five classes have votes.
     """
     largest = max(k)
     if largest > len(train_labels):
         raise UsageError(f"k = {largest} exceeds the {len(train_labels)} training images")
     bank = F.normalize(train_features.to(device, torch.float32), dim=1)
     bank_labels = train_labels.to(device)
-    chunk = max(1, SIMILARITIES // len(train_labels))
-    hits = {count: [0, 0] for count in k}
-    for start in range(0, len(test_labels), chunk):
-        queries = F.normalize(test_features[start : start + chunk].to(device, torch.float32), dim=1)
-        labels = test_labels[start : start + chunk].to(device)
+    chunk = max(1, MAX_SIMILARITIES // len(train_labels))
+    hits = dict.fromkeys(k, (0, 0))
+    for start in range(0, len(val_labels), chunk):
+        queries = F.normalize(val_features[start : start + chunk].to(device, torch.float32), dim=1)
+        labels = val_labels[start : start + chunk].to(device)
         similarity, nearest = (queries @ bank.T).topk(largest, dim=1)
         classes = bank_labels[nearest]
-        # Relative to the nearest: the same order, and nothing overflows however low the temperature.
+        # Relative to the nearest neighbor: nothing overflows, however low the temperature.
         weights = ((similarity.double() - similarity[:, :1]) / temperature).exp()
-        for count in k:
+        for n in k:
             votes = torch.zeros(len(labels), num_classes, dtype=torch.float64, device=device)
-            votes.scatter_add_(1, classes[:, :count], weights[:, :count])
+            votes.scatter_add_(1, classes[:, :n], weights[:, :n])
             best, ranked = votes.topk(min(5, num_classes), dim=1)
             right = (ranked == labels[:, None]) & (best > 0)
-            hits[count][0] += int(right[:, 0].sum())
-            hits[count][1] += int(right.sum())
-    return {count: (first, five) for count, (first, five) in hits.items()}
+            top1, top5 = hits[n]
+            hits[n] = top1 + int(right[:, 0].sum()), top5 + int(right.sum())
+    return hits

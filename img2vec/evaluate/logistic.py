@@ -6,32 +6,41 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from img2vec.evaluate.features import Features, process
-from img2vec.evaluate.labeled import split_rows
+from img2vec.evaluate.features import Features
+from img2vec.evaluate.labeled import split_labels
+from tokdiv.dist import current_processes
 from tokdiv.errors import UsageError
+from tokdiv.progress import progress_bar
 
-# Of L-BFGS: the largest entry of the gradient, times the number of classes, at which a fit ends (at the
-# zero start it is about 1), and one that only serves to compare penalties.
-FITTED, COMPARED = 1e-5, 1e-3
+# L-BFGS stops where the largest entry of the gradient, times the number of classes, is below this (at the
+# zero start it is about 1): the final fit, and the fits that only compare penalties.
+FINAL_TOLERANCE, SEARCH_TOLERANCE = 1e-5, 1e-3
 PENALTIES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 
 
 def fit_logistic(
     bank: Features, num_classes: int, penalty: float | None, seed: int, device: torch.device
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The classifier for cached features, with the penalty given or chosen, and what is to be said of it."""
+    """Fit a linear classifier to cached features.
+
+    Args:
+        bank: features of the training images.
+        penalty: factor of half the squared weights; None chooses one of PENALTIES.
+        seed: of the fifth held out for choosing.
+        device: must compute in float64.
+
+    Returns:
+        The classifier, which takes features as they are, and what to report: penalty, gradient, converged.
+    """
     labels = bank.labels.to(device)
     if penalty is None:
         penalty = _choose_penalty(bank.features.to(device), labels, num_classes, seed)
-    elif not penalty >= 0:
-        raise UsageError(f"--penalty {penalty}: expected 0 or more")
-    # Double precision: the gradient at the end lies below what sums in float32 resolve.
+    # float64: sums in float32 do not resolve the gradient near the optimum.
     features = bank.features.to(device, torch.float64)
     mean, std = _moments(features)
     features.sub_(mean).div_(std)
-    tolerance = FITTED / num_classes
+    tolerance = FINAL_TOLERANCE / num_classes
     weight, bias, gradient = logistic_regression(
         features, labels, num_classes, penalty, tolerance=tolerance
     )
@@ -39,7 +48,7 @@ def fit_logistic(
         nn.Linear, len(mean), num_classes, dtype=torch.float64, device=device
     )
     with torch.no_grad():
-        # The standardization is folded in, so that the classifier takes features as they are.
+        # Fold the standardization in.
         classifier.weight.copy_(weight / std)
         classifier.bias.copy_(bias - (weight / std) @ mean)
     fitted = {"penalty": penalty, "gradient": gradient, "converged": gradient <= 10 * tolerance}
@@ -47,15 +56,15 @@ def fit_logistic(
 
 
 def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each feature; as BatchNorm, with a floor for constant ones."""
+    """Mean and standard deviation of each feature, with BatchNorm's floor for constant features."""
     return features.mean(dim=0), (features.var(dim=0, correction=0) + 1e-6).sqrt()
 
 
 def _choose_penalty(features: Tensor, labels: Tensor, num_classes: int, seed: int) -> float:
-    """The penalty with the best accuracy on a fifth held out; the strongest of equals."""
+    """The penalty with the best accuracy on a held-out fifth; the strongest one among equals."""
     kept, held_out = (
-        torch.from_numpy(rows).to(labels.device)
-        for rows in split_rows(labels.cpu().numpy(), 0.2, seed)
+        torch.from_numpy(positions).to(labels.device)
+        for positions in split_labels(labels.cpu().numpy(), 0.2, seed)
     )
     if not len(held_out):
         raise UsageError(
@@ -63,22 +72,23 @@ def _choose_penalty(features: Tensor, labels: Tensor, num_classes: int, seed: in
             "one with --penalty, as in --penalty 0.001"
         )
     mean, std = _moments(features[kept])
-    learn, measure = ((features[rows] - mean) / std for rows in (kept, held_out))
+    train, val = ((features[positions] - mean) / std for positions in (kept, held_out))
     right: Counter[float] = Counter()
     start = None
-    for penalty in tqdm(PENALTIES, desc="penalty", disable=None if process()[0] == 0 else True):
-        # From the strongest on, each fit starts where the one before ended.
+    show = current_processes().rank == 0
+    for penalty in progress_bar(PENALTIES, desc="penalty", show=show):
+        # From the strongest on, each fit starts where the previous one ended.
         weight, bias, _ = logistic_regression(
-            learn,
+            train,
             labels[kept],
             num_classes,
             penalty,
             start,
-            tolerance=COMPARED / num_classes,
+            tolerance=SEARCH_TOLERANCE / num_classes,
             max_iterations=500,
         )
         start = weight, bias
-        predicted = (measure @ weight.T + bias).argmax(dim=1)
+        predicted = (val @ weight.T + bias).argmax(dim=1)
         right[penalty] = int((predicted == labels[held_out]).sum())
     return max(PENALTIES, key=lambda penalty: (right[penalty], penalty))
 
@@ -95,7 +105,7 @@ def logistic_regression(
 ) -> tuple[Tensor, Tensor, float]:
     """Multinomial logistic regression to its optimum, by L-BFGS.
 
-    Minimises mean cross-entropy + penalty / 2 * sum of squared weights; the bias is free.
+    Minimizes mean cross-entropy + penalty / 2 * sum of squared weights; the bias is free.
 
     Args:
         features: float (N, C), standardized. labels: int64 (N,), 0 to num_classes - 1.
@@ -115,7 +125,7 @@ def logistic_regression(
         max_eval=4 * max_iterations,
         history_size=20,
         tolerance_grad=tolerance,
-        tolerance_change=0.1 * torch.finfo(features.dtype).eps,  # no change at all
+        tolerance_change=0.1 * torch.finfo(features.dtype).eps,  # stop where nothing changes
         line_search_fn="strong_wolfe",
     )
 

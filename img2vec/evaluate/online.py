@@ -1,44 +1,47 @@
-"""How good is the student now? k-NN accuracy on the data's own classes, while it is being pretrained."""
+"""k-NN accuracy of the student during pretraining, on DATA's own classes."""
 
+import logging
 from collections.abc import Callable
 
 import numpy as np
 import torch
 
 from img2vec.config import Config
-from img2vec.evaluate.features import extract_features
+from img2vec.evaluate.features import NoFeatures, extract_features
 from img2vec.evaluate.knn import weighted_knn
 from img2vec.evaluate.labeled import split_labeled
 from img2vec.model import Img2Vec
 from tokdiv.data.loader import Source
-from tokdiv.errors import RunError, UsageError
+from tokdiv.errors import UsageError
 
-KNN_IMAGES = 10_000  # at most so many images to learn from, and a fifth to measure on
-KNN_NEIGHBOURS = 20
+log = logging.getLogger(__name__)
+
+KNN_IMAGES = 10_000  # at most this many training images, and a fifth as many validation images
+KNN_K = 20
 
 
 def prepare_knn(
-    source: Source, config: Config, say: Callable[[str], None]
+    source: Source, config: Config
 ) -> Callable[[Img2Vec, torch.device], float | None] | None:
-    """A function that measures the student by k-NN on DATA's own classes; None where it has none."""
+    """A function that measures the student by k-NN on DATA's own classes; None where DATA has none."""
     if not config.knn_every or not source.permutable or source.labels is None:
         return None
     try:
-        learn, measure = split_labeled(source, 0.2, config.seed)
+        train, val = split_labeled(source, 0.2, config.seed)
     except UsageError as error:
-        say(f"remark: no online k-NN: {error}")
+        log.warning("no k-NN during the run: %s", error)
         return None
-    if learn.num_classes < 2 or not len(measure.labels):
+    if train.num_classes < 2 or not len(val):
         return None
     generator = np.random.default_rng(config.seed)
-    learn, measure = (
-        part.take(np.sort(generator.permutation(len(part.labels))[:most]))
-        for part, most in ((learn, KNN_IMAGES), (measure, KNN_IMAGES // 5))
+    train, val = (
+        part.take(np.sort(generator.permutation(len(part))[:most]))
+        for part, most in ((train, KNN_IMAGES), (val, KNN_IMAGES // 5))
     )
 
-    def measured(model: Img2Vec, device: torch.device) -> float | None:
+    def knn_accuracy(model: Img2Vec, device: torch.device) -> float | None:
         try:
-            of_learn, of_measure = (
+            bank, queries = (
                 extract_features(
                     model.tokens,
                     part,
@@ -48,18 +51,14 @@ def prepare_knn(
                     device=device,
                     description="k-NN",
                 )
-                for part in (learn, measure)
+                for part in (train, val)
             )
-        except RunError as error:
-            say(f"remark: no k-NN accuracy: {error}")
+        except NoFeatures as error:
+            log.warning("no k-NN accuracy: %s", error)
             return None
         accuracies = weighted_knn(
-            of_learn.features,
-            of_learn.labels,
-            of_measure.features,
-            of_measure.labels,
-            k=[KNN_NEIGHBOURS],
+            bank.features, bank.labels, queries.features, queries.labels, k=[KNN_K]
         )
         return float(next(iter(accuracies.values())))
 
-    return measured
+    return knn_accuracy

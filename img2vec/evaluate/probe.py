@@ -1,37 +1,47 @@
-"""Linear classification of frozen features: MAE's linear probe; a quick one is in `logistic`."""
+"""Linear classification of frozen features: MAE's linear probe, or the quick one in `logistic`."""
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from img2vec.evaluate.augment import crop_and_flip, training_batches
 from img2vec.evaluate.encoder import load_encoder
 from img2vec.evaluate.features import (
     Features,
-    check_positive,
-    default_workers,
     enough_memory,
-    exact_device,
     extract_features,
-    gather_rows,
-    process,
+    float64_device,
 )
 from img2vec.evaluate.labeled import LabeledData, open_labeled
 from img2vec.evaluate.logistic import fit_logistic
-from img2vec.evaluate.optimization import Lars, learning_rate, warmup_remark
 from img2vec.evaluate.results import Results, describe_data
-from tokdiv.errors import RunError, UsageError
+from img2vec.evaluate.settings import ProbeSettings, peak_lr, warmup_note
+from img2vec.optim import learning_rate
+from tokdiv.dist import Processes, current_processes, default_workers
+from tokdiv.errors import RunError
+from tokdiv.progress import progress_bar
 from tokdiv.teachers.teacher import Teacher
 
-SOLVERS = ("lars", "lbfgs")
-# LARS moves a weight by at most lr * trust * |w| / (1 - momentum) a step. Where the sum of this over the
-# training is below twice |w|, the classifier still shows its random start; 4 is enough.
+MOMENTUM, TRUST = 0.9, 0.001  # of LARS
+# LARS moves a weight by at most lr * TRUST * |w| / (1 - MOMENTUM) per step. Where this sums up to less than
+# 2 |w| over the training, the classifier still shows its random start; 4 is enough.
 ENOUGH_MOVEMENT, GOOD_MOVEMENT = 2.0, 4.0
 HIGHEST_RATE = 30.0  # above, a step exceeds a third of the weights' norm, and the loss grows
+
+
+@dataclass
+class Fit:
+    """A trained classifier, the number of unusable training images, and what to report."""
+
+    classifier: nn.Module
+    skipped: int
+    settings: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+    history: list[dict[str, float]] = field(default_factory=list)
 
 
 def probe(
@@ -39,21 +49,7 @@ def probe(
     train: str,
     val: str,
     out: str | Path | None = None,
-    *,
-    solver: str = "lars",
-    epochs: int = 90,
-    batch_size: int = 16384,
-    blr: float = 0.1,
-    lr: float | None = None,
-    warmup_epochs: float = 10,
-    penalty: float | None = None,
-    feature: str = "mean",
-    image_size: int | None = None,
-    encode_batch_size: int = 64,
-    workers: int | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    seed: int = 0,
+    **options: Any,
 ) -> Results:
     """Accuracy of a linear classifier on frozen features.
 
@@ -62,17 +58,10 @@ def probe(
     `solver="lbfgs"` fits the same classifier to features of the center views until the gradient vanishes.
 
     Args:
-        model, feature, image_size, device, dtype: see `load_encoder`.
+        model: see `load_encoder`.
         train, val: DATA with classes.
         out: folder for results.json and results.csv; None writes nothing.
-        epochs, warmup_epochs: of "lars".
-        batch_size: of "lars", of all processes together; at most the number of training images.
-        blr: base learning rate of "lars": lr = blr * batch_size / 256. lr: instead of it.
-        penalty: of "lbfgs": the factor of half the squared weights beside the mean cross-entropy; None
-            chooses among powers of ten on a fifth of the training images.
-        encode_batch_size: images in a forward pass of one process.
-        workers: decoding threads or worker processes of one process; None for one per core.
-        seed: of the order, the augmentation, the classifier's start and the fifth held out.
+        options: fields of `ProbeSettings`.
 
     Returns:
         top1, and top5 where there are five classes or more, in [0, 1], of the last state.
@@ -80,106 +69,44 @@ def probe(
     Raises:
         UsageError, RunError: see `load_encoder`, `open_labeled`, `extract_features`.
     """
-    if solver not in SOLVERS:
-        raise UsageError(f"--solver {solver}: expected one of {', '.join(SOLVERS)}")
-    check_positive(epochs=epochs, batch_size=batch_size, encode_batch_size=encode_batch_size)
-    learn, measure = open_labeled(train, val)
+    settings = ProbeSettings(**options)
+    train_data, val_data = open_labeled(train, val)
     encoder = load_encoder(
-        model, feature=feature, image_size=image_size, device=device, dtype=dtype
+        model,
+        feature=settings.feature,
+        image_size=settings.image_size,
+        device=settings.device,
+        dtype=settings.dtype,
     )
-    place = encoder.mean.device
-    workers = default_workers() if workers is None else workers
-
-    def features_of(data: LabeledData, description: str) -> Features:
-        return extract_features(
-            encoder,
-            data,
-            encoder.size,
-            batch_size=encode_batch_size,
-            workers=workers,
-            device=place,
-            description=description,
-        )
-
-    queries = features_of(measure, "features of val")
-    settings: dict[str, Any] = {
-        "solver": solver,
-        "feature": feature,
-        "image_size": encoder.size,
-        "dim": encoder.dim,
-        "dtype": str(encoder.dtype).removeprefix("torch."),
-        "seed": seed,
-    }
-    history: list[dict[str, float]] = []
-    notes: list[str] = []
-    if solver == "lbfgs":
-        bank = features_of(learn, "features of train")
-        skipped = bank.skipped
-        classifier, fitted = fit_logistic(
-            bank, learn.num_classes, penalty, seed, exact_device(place)
-        )
-        settings.update(fitted)
-        if not fitted["converged"]:
-            notes.append(
-                f"L-BFGS stopped before the optimum (a gradient of {fitted['gradient']:.1g} is left): give a "
-                f"stronger --penalty than {fitted['penalty']:g}"
-            )
-    else:
-        used = min(batch_size, len(learn))
-        peak = blr * used / 256 if lr is None else lr
-        settings.update(
-            {
-                "epochs": epochs,
-                "warmup_epochs": warmup_epochs,
-                "batch_size": used,
-                "blr": blr,
-                "lr": peak,
-            }
-        )
-        notes += warmup_remark(warmup_epochs, epochs)
-        if used < batch_size:
-            notes.append(f"batch of {used}: the training images are fewer than {batch_size}")
-        classifier, skipped, history = _train_lars(
-            encoder,
-            learn,
-            epochs=epochs,
-            warmup_epochs=warmup_epochs,
-            batch_size=used,
-            peak=peak,
-            encode_batch_size=encode_batch_size,
-            workers=workers,
-            seed=seed,
-        )
-        moved = _movement(peak, epochs, len(learn) // used)
-        if moved < ENOUGH_MOVEMENT:
-            better = peak * GOOD_MOVEMENT / moved
-            remedy = (
-                f"--lr {better:.2g}" if better < HIGHEST_RATE else "--epochs and --lr above these"
-            )
-            notes.append(
-                f"with {len(learn)} images this recipe, made for a million, moves the classifier's weights by "
-                f"at most {moved:.2g} times their norm and leaves it untrained: give {remedy}, or --solver "
-                f"lbfgs"
-            )
-    metrics = accuracy(_logits(classifier, queries.features), queries.labels)
+    group = current_processes(encoder.mean.device)
+    queries = _features(encoder, val_data, settings, "features of val")
+    fit = _fit_lbfgs if settings.solver == "lbfgs" else _fit_lars
+    fitted = fit(encoder, train_data, settings, group)
     results = Results(
         task="probe",
         model=encoder.name,
-        metrics=metrics,
-        settings=settings,
-        data=describe_data(learn, measure, skipped, queries.skipped),
-        notes=notes,
-        history=history,
+        metrics=accuracy(_logits(fitted.classifier, queries.features), queries.labels),
+        settings={
+            "solver": settings.solver,
+            "feature": settings.feature,
+            "image_size": encoder.size,
+            "dim": encoder.dim,
+            "dtype": str(encoder.dtype).removeprefix("torch."),
+            "seed": settings.seed,
+            **fitted.settings,
+        },
+        data=describe_data(train_data, val_data, fitted.skipped, queries.skipped),
+        notes=fitted.notes,
+        history=fitted.history,
     )
-    if out is not None and process()[0] == 0:
+    if out is not None and group.rank == 0:
         results.write(out)
     return results
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """The shares of images whose class scores highest, and (from five classes on) among the top five."""
-    ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
-    right = ranked == labels[:, None].to(ranked.device)
+    """Shares of images whose class has the highest logit, and (from five classes on) one of the top five."""
+    right = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None].to(logits.device)
     metrics = {"top1": int(right[:, 0].sum()) / len(labels)}
     if logits.shape[1] >= 5:
         metrics["top5"] = int(right.sum()) / len(labels)
@@ -193,75 +120,92 @@ def _logits(classifier: nn.Module, features: Tensor) -> Tensor:
         return torch.cat([classifier(rows.to(weight)).cpu() for rows in features.split(65_536)])
 
 
-def _movement(peak: float, epochs: int, num_steps: int) -> float:
-    """An upper bound of how far LARS can move the weights, as a share of their norm."""
-    defaults = Lars([torch.zeros(1)]).defaults
-    reach = defaults["trust"] / (1 - defaults["momentum"])
-    return 0.5 * peak * reach * epochs * num_steps  # a cosine's mean is half its peak
+def _features(
+    encoder: Teacher, data: LabeledData, settings: ProbeSettings, description: str
+) -> Features:
+    return extract_features(
+        encoder,
+        data,
+        encoder.size,
+        batch_size=settings.encode_batch_size,
+        workers=settings.workers,
+        device=encoder.mean.device,
+        description=description,
+    )
 
 
-def _train_lars(
-    encoder: Teacher,
-    data: LabeledData,
-    *,
-    epochs: int,
-    warmup_epochs: float,
-    batch_size: int,
-    peak: float,
-    encode_batch_size: int,
-    workers: int,
-    seed: int,
-) -> tuple[nn.Module, int, list[dict[str, float]]]:
-    """The trained classifier, how many images could not be used, and the loss of each epoch.
+def _fit_lbfgs(
+    encoder: Teacher, data: LabeledData, settings: ProbeSettings, group: Processes
+) -> Fit:
+    """Logistic regression on the features of the center views; every process computes the same."""
+    bank = _features(encoder, data, settings, "features of train")
+    classifier, fitted = fit_logistic(
+        bank, data.num_classes, settings.penalty, settings.seed, float64_device(group.device)
+    )
+    fit = Fit(classifier, bank.skipped, fitted)
+    if not fitted["converged"]:
+        fit.notes.append(
+            f"L-BFGS stopped before the optimum (a gradient of {fitted['gradient']:.1g} is left): give a "
+            f"stronger --penalty than {fitted['penalty']:g}"
+        )
+    return fit
+
+
+# LARS --------------------------------------------------------------------------------------------
+
+
+def _fit_lars(
+    encoder: Teacher, data: LabeledData, settings: ProbeSettings, group: Processes
+) -> Fit:
+    """MAE's recipe.
 
     Each process encodes its part of a batch; the features are gathered, and every process takes the same
-    step on the whole batch. The classifier is a thousandth of the work, and so the statistics of the
-    BatchNorm and the result do not depend on the number of processes.
+    step on the whole batch. The classifier is a thousandth of the work, and so BatchNorm's statistics and
+    the result do not depend on the number of processes.
     """
-    device = encoder.mean.device
-    classifier = batchnorm_linear(encoder.dim, data.num_classes, seed).to(device)
-    optimizer = Lars(classifier.parameters())
-    rank, _ = process()
+    batch_size = min(settings.batch_size, len(data))
+    peak = peak_lr(settings, batch_size)
+    classifier = batchnorm_linear(encoder.dim, data.num_classes, settings.seed).to(group.device)
+    optimizer = make_lars(classifier)
     unusable: set[int] = set()
+    losses: list[Tensor] = []
     history: list[dict[str, float]] = []
     batches = training_batches(
         data,
         crop_and_flip(encoder.size),
         encoder.size,
         batch_size=batch_size,
-        epochs=epochs,
-        seed=seed,
-        workers=workers,
-        pin_memory=device.type == "cuda",
+        epochs=settings.epochs,
+        seed=settings.seed,
+        workers=default_workers() if settings.workers is None else settings.workers,
+        pin_memory=group.device.type == "cuda",
     )
-    losses: list[Tensor] = []
-    total = epochs * (len(data) // batch_size)
-    bar = tqdm(batches, total=total, desc="probe", unit="step", disable=None if rank == 0 else True)
+    steps = len(data) // batch_size
+    bar = progress_bar(
+        batches,
+        total=settings.epochs * steps,
+        desc="probe",
+        unit="step",
+        show=group.rank == 0,
+    )
     for batch in bar:
-        with enough_memory("--encode-batch-size", encode_batch_size):
-            parts = [
-                encoder(images.to(device, non_blocking=True)).float().mean(dim=1)
-                for images in batch.images.split(encode_batch_size)
-                if len(images)
-            ]
-        features = torch.cat(parts) if parts else torch.empty(0, encoder.dim, device=device)
+        with enough_memory("--encode-batch-size", settings.encode_batch_size):
+            features = _encode(encoder, batch.images, settings.encode_batch_size)
         unusable.update(batch.skipped)
-        rows = gather_rows(batch.rows, device).to(device)
-        features = gather_rows(features, device).to(device)
-        order = rows.argsort()  # the same sums whatever the number of processes
-        if len(order) < 2:
+        positions = group.gather_rows(batch.rows)
+        features = group.gather_rows(features).to(group.device)
+        if len(positions) < 2:
             raise RunError(
-                f"'{data.source.name}': a batch of {batch_size} had {len(order)} usable images: too many are "
-                f"damaged, or the batch is too small"
+                f"'{data.source.name}': a batch of {batch_size} had {len(positions)} usable images: too many "
+                f"are damaged, or the batch is too small"
             )
-        labels = torch.from_numpy(data.labels)[rows.cpu()].to(device)
-        progress = batch.epoch + batch.step / batch.num_steps
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(
-                progress, peak=peak, epochs=epochs, warmup_epochs=warmup_epochs
-            )
+        order = positions.argsort()  # the same sums for any number of processes
+        labels = torch.from_numpy(data.labels)[positions[order]].to(group.device)
+        epoch = batch.epoch + batch.step / batch.num_steps
+        for parameters in optimizer.param_groups:
+            parameters["lr"] = learning_rate(epoch, settings.epochs, settings.warmup_epochs, peak)
         classifier.train()
-        loss = F.cross_entropy(classifier(features[order]), labels[order])
+        loss = F.cross_entropy(classifier(features[order.to(group.device)]), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -271,15 +215,81 @@ def _train_lars(
             losses.clear()
             history.append({"epoch": batch.epoch, "loss": mean_loss})
             bar.set_postfix(epoch=batch.epoch, loss=f"{mean_loss:.3f}")
-    gone = gather_rows(torch.tensor(sorted(unusable), dtype=torch.int64), device)
-    return classifier, len(gone.unique()), history
+    gone = group.gather_rows(torch.tensor(sorted(unusable), dtype=torch.int64))
+    used = {
+        "epochs": settings.epochs,
+        "warmup_epochs": settings.warmup_epochs,
+        "batch_size": batch_size,
+        "blr": settings.blr,
+        "lr": peak,
+    }
+    notes = _lars_notes(settings, batch_size, peak, len(data))
+    return Fit(classifier, len(gone.unique()), used, notes, history)
+
+
+def _encode(encoder: Teacher, images: Tensor, batch_size: int) -> Tensor:
+    """Features (n, C) of n images, n = 0 included."""
+    device = encoder.mean.device
+    parts = [
+        encoder(part.to(device, non_blocking=True)).float().mean(dim=1)
+        for part in images.split(batch_size)
+        if len(part)
+    ]
+    return torch.cat(parts) if parts else torch.empty(0, encoder.dim, device=device)
 
 
 def batchnorm_linear(dim: int, num_classes: int, seed: int) -> nn.Sequential:
-    """BatchNorm without affine parameters, and a linear layer with weights of deviation 0.01."""
-    linear = nn.utils.skip_init(nn.Linear, dim, num_classes)  # its own start draws globally
+    """BatchNorm without affine parameters, and a linear layer with initial weights of deviation 0.01."""
+    linear = nn.utils.skip_init(
+        nn.Linear, dim, num_classes
+    )  # its own init draws from the global generator
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         nn.init.trunc_normal_(linear.weight, std=0.01, generator=generator)
         linear.bias.zero_()
     return nn.Sequential(nn.BatchNorm1d(dim, affine=False, eps=1e-6), linear)
+
+
+def make_lars(classifier: nn.Module) -> torch.optim.Optimizer:
+    """LARS (You et al., arXiv 1708.03888) on weights, momentum SGD on biases, no decay, as in MAE.
+
+    For a weight w with gradient g, at learning rate lr:
+
+        v <- MOMENTUM * v + TRUST * |w| / |g| * g      (g itself where either norm is 0)
+        w <- w - lr * v
+    """
+    from timm.optim import Lars
+
+    weights = [p for p in classifier.parameters() if p.ndim > 1]
+    biases = [p for p in classifier.parameters() if p.ndim <= 1]
+    return Lars(
+        # Without always_adapt, timm scales only parameters with weight decay.
+        [{"params": weights, "always_adapt": True}, {"params": biases}],
+        lr=0.0,
+        momentum=MOMENTUM,
+        trust_coeff=TRUST,
+        eps=0.0,
+    )
+
+
+def _lars_notes(
+    settings: ProbeSettings, batch_size: int, peak: float, num_images: int
+) -> list[str]:
+    """What to know about a recipe that was made for a million images."""
+    notes = warmup_note(settings.warmup_epochs, settings.epochs)
+    if batch_size < settings.batch_size:
+        notes.append(
+            f"batch of {batch_size}: the training images are fewer than {settings.batch_size}"
+        )
+    # An upper bound, in norms of the weights; a cosine's mean is half its peak.
+    steps = settings.epochs * (num_images // batch_size)
+    moved = 0.5 * peak * TRUST / (1 - MOMENTUM) * steps
+    if moved < ENOUGH_MOVEMENT:
+        better = peak * GOOD_MOVEMENT / moved if moved else HIGHEST_RATE
+        remedy = f"--lr {better:.2g}" if better < HIGHEST_RATE else "--epochs and --lr above these"
+        notes.append(
+            f"with {num_images} images this recipe, made for a million, moves the classifier's weights by "
+            f"at most {moved:.2g} times their norm and leaves it untrained: give {remedy}, or --solver "
+            f"lbfgs"
+        )
+    return notes

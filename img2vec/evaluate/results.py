@@ -1,31 +1,29 @@
-"""What an evaluation found, as files and as a short table."""
+"""Results of an evaluation, as files and as a short table."""
 
 import csv
 import io
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tokdiv.errors import RunError
+from tokdiv.run_dir import write_atomic, write_error
 
 SCHEMA = 1
 
 
 @dataclass(frozen=True)
 class Results:
-    """An evaluation's outcome.
+    """Results of one evaluation.
 
     Attributes:
         task: "knn", "probe" or "finetune".
         model: as it was given.
-        metrics: accuracies in [0, 1] (top1, top5; with a k-NN top1_k20 and so on), and what else the
-            task measures.
-        settings: what was given and what was made of it.
-        data: train and val: name, fingerprint, images used and skipped; classes.
+        metrics: accuracies in [0, 1] (top1, top5; of k-NN top1_k20 and so on), and the task's other metrics.
+        settings: the settings as they were used.
+        data: train and val: name, fingerprint, images used and skipped; number of classes.
         notes: what a reader must know, one line each.
-        history: one entry an epoch, where there are epochs.
+        history: one entry per epoch, for tasks that have epochs.
     """
 
     task: str
@@ -46,14 +44,18 @@ class Results:
             lines.append(f"  {name:<{width}}  {shown}")
         skipped = train["skipped"] + val["skipped"]
         lines.append(
-            f"  {val['images']:,} images, {self.data['classes']:,} classes; learned from "
+            f"  {val['images']:,} images, {self.data['classes']:,} classes; training images: "
             f"{train['images']:,}" + (f"; {skipped:,} unusable" if skipped else "")
         )
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
 
     def write(self, folder: str | Path) -> None:
-        """Write results.json and results.csv; each appears whole or not at all."""
+        """Write results.json and results.csv.
+
+        Raises:
+            RunError: the folder cannot be written to, or the disk is full.
+        """
         folder = Path(folder)
         content = {"schema": SCHEMA, **asdict(self)}
         rows = io.StringIO()
@@ -64,14 +66,14 @@ class Results:
             writer.writerow([name, value, *(_cell(entry) for entry in common.values())])
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _replace(folder / "results.json", json.dumps(content, indent=2) + "\n")
-            _replace(folder / "results.csv", rows.getvalue())
         except OSError as error:
-            raise RunError(f"cannot write to '{folder}': {error.strerror or error}") from None
+            raise write_error(folder, error) from None
+        write_atomic(folder / "results.json", json.dumps(content, indent=2) + "\n")
+        write_atomic(folder / "results.csv", rows.getvalue())
 
 
 def describe_data(train: Any, val: Any, train_skipped: int, val_skipped: int) -> dict[str, Any]:
-    """The data of an evaluation, from two LabeledData and how many images of each are unusable."""
+    """`Results.data`, from two LabeledData and the numbers of their unusable images."""
 
     def side(data: Any, skipped: int) -> dict[str, Any]:
         return {
@@ -99,9 +101,3 @@ def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _cell(value: Any) -> Any:
     return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
-
-
-def _replace(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)

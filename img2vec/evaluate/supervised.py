@@ -1,88 +1,84 @@
-"""One batch of fine-tuning, and one measurement of a classifier."""
+"""One step of fine-tuning, and the accuracy of a classifier."""
 
-from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from img2vec.evaluate.augment import TrainingBatch, seeded
-from img2vec.evaluate.features import process, sum_over_processes
+from img2vec.evaluate.features import enough_memory, no_usable_images, read_views
 from img2vec.evaluate.labeled import LabeledData
-from tokdiv.data.loader import read_batches
-from tokdiv.errors import RunError
+from img2vec.evaluate.settings import Recipe
+from img2vec.optim import learning_rate
+from tokdiv.dist import Processes
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How to fine-tune; the defaults of `finetune` are MAE's for ViT-B.
-
-    For ViT-L: 50 epochs, blr 1e-3, layer_decay 0.75, drop_path 0.2.
-    """
-
-    epochs: int
-    batch_size: int
-    lr: float
-    min_lr: float
-    warmup_epochs: float
-    weight_decay: float
-    layer_decay: float
-    drop_path: float
-    mixup: float
-    cutmix: float
-    smoothing: float
-    auto_augment: str
-    reprob: float
-    image_size: int
-    dtype: str
-    seed: int
-
-
-def accumulate_gradient(
-    trained: nn.Module,
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
     batch: TrainingBatch,
     recipe: Recipe,
     mixing: Any,
-    micro_batch_size: int,
-    device: torch.device,
+    group: Processes,
 ) -> Tensor:
-    """Add the gradient of this process' part of a batch; its mean loss, on the device."""
-    images, labels = batch.images, batch.labels
+    """One optimizer step; the mean loss of this process's part of the batch, on the device."""
+    epoch = batch.epoch + batch.step / batch.num_steps
+    rate = learning_rate(
+        epoch, recipe.epochs, recipe.warmup_epochs, recipe.lr, lowest=recipe.min_lr
+    )
+    for parameters in optimizer.param_groups:
+        parameters["lr"] = rate * parameters.get("lr_scale", 1.0)
+    model.train()
+    loss = accumulate_gradient(model, batch, recipe, mixing, group)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss
+
+
+def accumulate_gradient(
+    model: nn.Module,
+    batch: TrainingBatch,
+    recipe: Recipe,
+    mixing: Any,
+    group: Processes,
+) -> Tensor:
+    """Add the gradient of this process's part of a batch; its mean loss, on the device."""
+    images, labels, device = batch.images, batch.labels, group.device
+    size, micro_batch_size = recipe.image_size, recipe.micro_batch_size
     parts = list(zip(images.split(micro_batch_size), labels.split(micro_batch_size)))
     if not len(images):
-        # All processes must take part in the exchange of gradients: a black image that counts nothing.
-        size = recipe.image_size
+        # Every process must exchange gradients: black images with weight 0.
         parts = [(torch.zeros(2, 3, size, size), torch.zeros(2, dtype=torch.int64))]
     total = torch.zeros((), device=device)
     for number, (view, target) in enumerate(parts):
-        share = len(view) / len(images) if len(images) else 0.0
+        weight = len(view) / len(images) if len(images) else 0.0
         view, target = view.to(device, non_blocking=True), target.to(device, non_blocking=True)
         smoothing = recipe.smoothing
         if mixing is not None and len(view) > 1:
-            rank, _ = process()
-            odd = len(view) % 2  # timm pairs the images of a batch: one without partner is left out
+            odd = len(view) % 2  # timm mixes pairs: an image without a partner is left out
             view, target = view[odd:], target[odd:]
-            with seeded(recipe.seed, batch.epoch, batch.step, rank, number):
+            with seeded(recipe.seed, batch.epoch, batch.step, group.rank, number):
                 view, target = mixing(view, target)
-            smoothing = 0.0  # timm's targets are smoothed already
-        # Between processes, gradients are exchanged in the last backward pass only.
-        inner = isinstance(trained, DistributedDataParallel) and number + 1 < len(parts)
-        with trained.no_sync() if inner else nullcontext():  # type: ignore[operator]
+            smoothing = 0.0  # timm has smoothed the targets
+        # Between processes, only the last backward pass exchanges gradients.
+        inner = isinstance(model, DistributedDataParallel) and number + 1 < len(parts)
+        with (
+            model.no_sync() if inner else nullcontext(),  # type: ignore[operator]
+            enough_memory("--micro-batch-size", micro_batch_size),
+        ):
             with torch.autocast(device.type, torch.bfloat16, enabled=recipe.dtype == "bfloat16"):
-                logits = trained(view)
-            loss = share * F.cross_entropy(logits.float(), target, label_smoothing=smoothing)
+                logits = model(view)
+            loss = weight * F.cross_entropy(logits.float(), target, label_smoothing=smoothing)
             loss.backward()
         total += loss.detach()
     return total
 
 
-def mixing_of(recipe: Recipe, num_classes: int) -> Any:
-    """timm's mixup or cutmix of each batch, one of the two by a coin; None where both are off."""
+def make_mixing(recipe: Recipe, num_classes: int) -> Any:
+    """timm's mixup or cutmix of each batch, one of the two by chance; None where both are off."""
     from timm.data import Mixup
 
     if not recipe.mixup and not recipe.cutmix:
@@ -102,43 +98,34 @@ def measure_accuracy(
     mean: Tensor,
     std: Tensor,
     recipe: Recipe,
-    *,
-    workers: int,
-    batch_size: int,
-) -> dict[str, float]:
-    """top1, top5 (from five classes on), loss, and the number of images, each counted once.
+    group: Processes,
+) -> tuple[dict[str, float], int]:
+    """top1, top5 (from five classes on) and loss; and the number of usable images, each counted once.
 
     Args:
         mean, std: (3, 1, 1), in units of [0, 255].
     """
-    rank, world = process()
-    device = mean.device
+    device, size = group.device, recipe.image_size
     network.eval()
-    totals = torch.zeros(4, dtype=torch.float64)  # images, right, right among five, loss
-    for views, labels in _views(data, recipe.image_size, rank, world, batch_size, workers):
-        labels = labels.to(device)
+    totals = torch.zeros(4, dtype=torch.float64)  # images, top-1 hits, top-5 hits, sum of losses
+    batches = read_views(
+        data, size, group, batch_size=recipe.micro_batch_size, workers=recipe.workers
+    )
+    for batch in batches:
+        view = batch.views[size]
+        if not len(view):
+            continue
+        labels = torch.from_numpy(data.labels[batch.positions[batch.usable]]).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=recipe.dtype == "bfloat16"):
-            logits = network((views.to(device).float() - mean) / std).float()
-        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
-        right = ranked == labels[:, None]
+            logits = network((view.to(device).float() - mean) / std).float()
+        right = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
         loss = F.cross_entropy(logits, labels, reduction="sum")
         found = [len(labels), int(right[:, 0].sum()), int(right.sum()), float(loss)]
         totals += torch.tensor(found, dtype=torch.float64)
-    num_images, top1, top5, loss = sum_over_processes(totals, device).tolist()
+    num_images, top1, top5, loss_sum = group.sum(totals).tolist()
     if not num_images:
-        raise RunError(f"'{data.source.name}': none of its {len(data)} images can be used")
+        raise no_usable_images(data)
     metrics = {"top1": top1 / num_images}
     if data.num_classes >= 5:
         metrics["top5"] = top5 / num_images
-    return {**metrics, "loss": loss / num_images, "images": num_images}
-
-
-def _views(
-    data: LabeledData, size: int, rank: int, world: int, batch_size: int, workers: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    mine = np.arange(rank, len(data), world, dtype=np.int64)
-    blocks = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
-    for batch in read_batches(data.source, data.indices, blocks, {size}, workers=max(1, workers)):
-        if len(batch.views[size]):
-            labels = data.labels[batch.positions[batch.usable]]
-            yield batch.views[size], torch.from_numpy(labels)
+    return {**metrics, "loss": loss_sum / num_images}, int(num_images)

@@ -1,7 +1,9 @@
 """The export: what timm reads back is the student, or nothing is left behind."""
 
 import json
+import os
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import safetensors
@@ -38,11 +40,15 @@ def images() -> torch.Tensor:
     return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
-def test_timm_loads_the_folder_with_the_same_features_to_the_bit(tmp_path, images):
+def features(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """The mean patch token after the final norm."""
+    return model.forward_features(images)[:, 1:].mean(dim=1)
+
+
+def test_timm_loads_the_folder_with_the_same_tokens_to_the_bit(tmp_path, images):
     model = student()
     out = write(model, tmp_path / "student", description={"teacher": "dino_resnet50"})
     loaded = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
-    assert torch.equal(loaded(images), model(images))
     assert torch.equal(loaded.forward_features(images), model.forward_features(images))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["student"]
     assert sorted(path.name for path in out.iterdir()) == ["config.json", WEIGHTS]
@@ -51,6 +57,54 @@ def test_timm_loads_the_folder_with_the_same_features_to_the_bit(tmp_path, image
     with safetensors.safe_open(out / WEIGHTS, "pt") as file:
         assert file.metadata() == {"format": "pt"}
         assert set(file.keys()) == set(model.state_dict())
+
+
+@pytest.mark.parametrize("more", [{}, {"global_pool": "avg"}, {"fc_norm": False}])
+@pytest.mark.parametrize("num_classes", [0, 10])
+def test_its_feature_is_the_mean_patch_token_as_in_k_nn(tmp_path, images, more, num_classes):
+    from img2vec.evaluate import load_encoder
+
+    model = student()
+    torch.nn.init.normal_(model.norm.bias)
+    out = write(model, tmp_path / "student")
+    loaded = timm.create_model(
+        f"local-dir:{out}", pretrained=True, num_classes=num_classes, **more
+    ).eval()
+    expected = features(model, images)
+    found = loaded.forward_head(loaded.forward_features(images), pre_logits=True)
+    assert torch.equal(found, expected)
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    mean, std = (torch.tensor(INPUT[key])[:, None, None] * 255 for key in ("mean", "std"))
+    tokens = model.forward_features((pixels - mean) / std)[:, 1:]
+    encoder = load_encoder(str(out), device="cpu", dtype="float32")
+    torch.testing.assert_close(encoder(pixels), tokens, rtol=1e-4, atol=1e-5)
+
+
+def test_its_files_have_the_mode_of_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        out = write(student(), tmp_path / "student")
+    finally:
+        os.umask(before)
+    assert {path.name: path.stat().st_mode & 0o777 for path in out.iterdir()} == {
+        "config.json": 0o640,
+        WEIGHTS: 0o640,
+    }
+    assert out.stat().st_mode & 0o777 == 0o750
+
+
+def test_a_path_that_older_timm_cuts_is_exported_all_the_same(tmp_path, monkeypatch):
+    import timm.models._factory as factory
+
+    def split(name):  # as in timm 1.0.20
+        parsed = urlsplit(name)
+        return (parsed.scheme, parsed.path) if parsed.scheme else (None, name)
+
+    monkeypatch.setattr(factory, "parse_model_name", split)
+    for name in ("exp#1", "what?", "a b", "x[1]", "{y}%20"):
+        out = write(student(), tmp_path / name / "student")
+        assert (out / "config.json").is_file()
+    assert sorted(p.name for p in (tmp_path / "exp#1").iterdir()) == ["student"]
 
 
 def test_timm_loads_it_with_a_new_classifier_another_size_or_by_path(tmp_path, images):
@@ -144,7 +198,8 @@ def test_weights_that_are_not_finite_leave_the_older_export_in_place(tmp_path, i
         write(broken, out)
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
     assert torch.equal(
-        timm.create_model(f"local-dir:{out}", pretrained=True).eval()(images), good(images)
+        timm.create_model(f"local-dir:{out}", pretrained=True).eval()(images),
+        features(good, images),
     )
 
 
@@ -171,7 +226,7 @@ def test_export_copies_a_run_or_its_student_folder(tmp_path, images):
     for source in ("run", "run/student"):
         out = export(tmp_path / source, tmp_path / "copies" / source.replace("/", "_"))
         loaded = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
-        assert torch.equal(loaded(images), model(images))
+        assert torch.equal(loaded(images), features(model, images))
         assert json.loads((out / "config.json").read_text())["img2vec"] == {"epochs": 3}
 
 

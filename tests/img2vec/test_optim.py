@@ -38,6 +38,8 @@ def test_the_schedule_is_linear_then_a_cosine_to_zero():
     assert learning_rate(at, 800, 40, 1.0) == pytest.approx((1 + math.cos(math.pi / 3)) / 2)
     assert learning_rate(0, 10, 0, 1.0) == 1.0
     assert learning_rate(5, 5, 5, 1.0) == 1.0
+    above_zero = [learning_rate(e, 90, 10, 2.0, lowest=0.2) for e in (0, 5, 10, 50, 90)]
+    assert above_zero == pytest.approx([0, 1.0, 2.0, 1.1, 0.2])
 
 
 def test_the_peak_follows_the_global_batch():

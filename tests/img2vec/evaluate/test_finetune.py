@@ -2,6 +2,9 @@
 
 import copy
 import json
+import os
+import signal
+import sys
 
 import pytest
 import timm
@@ -10,35 +13,20 @@ import torch.nn.functional as F
 from PIL import Image
 
 from img2vec.evaluate import finetune, knn, load_encoder
-from img2vec.evaluate import finetune as finetune_command
 from img2vec.evaluate.augment import TrainingBatch, randaugment
 from img2vec.evaluate.classifier import build_classifier, parameter_groups
-from img2vec.evaluate.supervised import Recipe, accumulate_gradient, mixing_of
-from tokdiv.errors import UsageError
+from img2vec.evaluate.settings import Recipe
+from img2vec.evaluate.supervised import accumulate_gradient, make_mixing
+from tokdiv.dist import current_processes
+from tokdiv.errors import Interrupted, UsageError
 
 FAST = {"epochs": 2, "batch_size": 16, "warmup_epochs": 1, "workers": 0, "dtype": "float32"}
 
 
 def recipe(**changes):
-    fields = {
-        "epochs": 2,
-        "batch_size": 6,
-        "lr": 1e-3,
-        "min_lr": 1e-6,
-        "warmup_epochs": 1,
-        "weight_decay": 0.05,
-        "layer_decay": 0.65,
-        "drop_path": 0.0,
-        "mixup": 0.0,
-        "cutmix": 0.0,
-        "smoothing": 0.1,
-        "auto_augment": "rand-m9-mstd0.5-inc1",
-        "reprob": 0.25,
-        "image_size": 32,
-        "dtype": "float32",
-        "seed": 0,
-    }
-    return Recipe(**{**fields, **changes})
+    fields = {"batch_size": 6, "micro_batch_size": 6, "lr": 1e-3, "image_size": 32}
+    off = {"mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0}
+    return Recipe(**{**fields, **off, "dtype": "float32", **changes})
 
 
 def layer_of(name: str, depth: int) -> int:
@@ -89,8 +77,8 @@ def test_a_convnet_can_be_fine_tuned_too():
 
 @pytest.mark.parametrize("spec", ["pixels", "timm:vit_tiny_patch16_224@random:depth=2:blocks=0"])
 def test_what_is_no_whole_network_is_refused(pictures, spec):
-    with pytest.raises(UsageError, match="fine-tuning takes whole networks"):
-        finetune_command(spec, *pictures, image_size=32, **FAST)
+    with pytest.raises(UsageError, match="fine-tuning takes whole timm models"):
+        finetune(spec, *pictures, image_size=32, **FAST)
 
 
 def test_small_forward_passes_add_up_to_the_gradient_of_the_whole_batch(tiny):
@@ -104,9 +92,8 @@ def test_small_forward_passes_add_up_to_the_gradient_of_the_whole_batch(tiny):
     F.cross_entropy(twin(images), labels, label_smoothing=0.1).backward()
     for micro_batch_size in (6, 4, 1):
         network.zero_grad()
-        loss = accumulate_gradient(
-            network, batch, recipe(), None, micro_batch_size, torch.device("cpu")
-        )
+        parts = recipe(micro_batch_size=micro_batch_size)
+        loss = accumulate_gradient(network, batch, parts, None, current_processes())
         for mine, expected in zip(network.parameters(), twin.parameters()):
             torch.testing.assert_close(mine.grad, expected.grad, rtol=1e-4, atol=1e-6)
         assert loss.item() == pytest.approx(
@@ -119,17 +106,17 @@ def test_a_batch_without_usable_images_moves_nothing(tiny):
     batch = TrainingBatch(
         0, 0, 1, torch.empty(0, 3, 32, 32), torch.empty(0).long(), torch.empty(0).long(), [3]
     )
-    loss = accumulate_gradient(network, batch, recipe(), None, 4, torch.device("cpu"))
+    loss = accumulate_gradient(network, batch, recipe(), None, current_processes())
     assert loss == 0
     assert all(parameter.grad.abs().max() == 0 for parameter in network.parameters())
 
 
 def test_mixing_keeps_smoothed_targets_of_total_one():
-    mixing = mixing_of(recipe(mixup=0.8, cutmix=1.0), num_classes=6)
+    mixing = make_mixing(recipe(mixup=0.8, cutmix=1.0), num_classes=6)
     _, targets = mixing(torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 3]))
     torch.testing.assert_close(targets.sum(dim=1), torch.ones(4))
     assert targets.min().item() == pytest.approx(0.1 / 6)
-    assert mixing_of(recipe(), 6) is None
+    assert make_mixing(recipe(), 6) is None
 
 
 def pictures_transform(**changes):
@@ -203,26 +190,27 @@ def test_fine_tuning_learns_and_leaves_a_model_that_timm_loads(pictures, tiny, t
     assert knn(tmp_path / "out" / "model", *pictures, k=(5,)).metrics["top1_k5"] > 0.5
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_an_interrupted_fine_tuning_ends_as_if_it_had_not_been(
-    pictures, tiny, tmp_path, monkeypatch
+    pictures, tiny, tmp_path, monkeypatch, number
 ):
     options = {**FAST, "epochs": 3, "micro_batch_size": 6}
     whole = finetune(tiny, *pictures, tmp_path / "whole", **options)
 
-    import sys
-
     module = sys.modules["img2vec.evaluate.finetune"]
-    save, saved = module._save, []
+    step, steps = module.train_step, []
 
-    def save_and_stop(*arguments):
-        save(*arguments)
-        saved.append(1)
-        if len(saved) == 2:
-            raise KeyboardInterrupt
+    def step_and_signal(*arguments):
+        steps.append(1)
+        if len(steps) == 8:  # in the third epoch, of three steps each
+            os.kill(os.getpid(), number)
+        return step(*arguments)
 
-    monkeypatch.setattr(module, "_save", save_and_stop)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(module, "train_step", step_and_signal)
+    with pytest.raises(Interrupted, match="interrupted after 2 epochs") as interrupted:
         finetune(tiny, *pictures, tmp_path / "cut", **options)
+    assert interrupted.value.signal == number
+    assert len(steps) == 8
     monkeypatch.undo()
     with pytest.raises(UsageError, match="is of a fine-tuning with other settings"):
         finetune(tiny, *pictures, tmp_path / "cut", **{**options, "seed": 1})
@@ -239,16 +227,16 @@ def test_an_interrupted_fine_tuning_ends_as_if_it_had_not_been(
 
 def test_a_damaged_checkpoint_is_named(pictures, tiny, tmp_path):
     (tmp_path / "checkpoint.pt").write_bytes(b"no checkpoint")
-    with pytest.raises(UsageError, match="is damaged: delete it to start anew"):
+    with pytest.raises(UsageError, match=r"checkpoint.*delete it to start anew"):
         finetune(tiny, *pictures, tmp_path, **FAST)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"epochs": 0}, "--epochs 0: expected a number above 0"),
+        ({"epochs": 0}, "--epochs 0: expected a whole number"),
         ({"batch_size": 1}, "a batch of 1 images for 1 processes: each needs two or more"),
-        ({"micro_batch_size": 0}, "--micro-batch-size 0: expected a number above 0"),
+        ({"micro_batch_size": 0}, "--micro-batch-size 0: expected a whole number"),
     ],
 )
 def test_mistakes_in_the_call_are_named(pictures, tiny, options, message):

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from img2vec.evaluate import load_encoder, open_labeled, split_labeled
-from img2vec.evaluate.labeled import split_rows
+from img2vec.evaluate.labeled import split_labels
 from tokdiv.data.open import open_source
 from tokdiv.errors import UsageError
 
@@ -23,10 +23,10 @@ def folders(root: Path, counts: dict[str, int]) -> str:
 def test_classes_are_matched_by_name(tmp_path):
     train = folders(tmp_path / "train", {"ant": 2, "bee": 1, "cow": 3})
     val = folders(tmp_path / "val", {"bee": 2, "cow": 1})
-    learn, measure = open_labeled(train, val)
-    assert learn.labels.tolist() == [0, 0, 1, 2, 2, 2]
-    assert measure.labels.tolist() == [1, 1, 2]  # train's numbers, not val's own 0 and 1
-    assert measure.classes == ["ant", "bee", "cow"]
+    train_data, val_data = open_labeled(train, val)
+    assert train_data.labels.tolist() == [0, 0, 1, 2, 2, 2]
+    assert val_data.labels.tolist() == [1, 1, 2]  # train's numbers, not val's own 0 and 1
+    assert val_data.classes == ["ant", "bee", "cow"]
 
 
 def test_a_class_that_train_lacks_is_named(tmp_path):
@@ -64,6 +64,10 @@ def test_numbers_serve_where_there_are_no_names(tmp_path):
     source = open_source(folders(tmp_path / "train", {"ant": 1, "bee": 2}))
     source.classes = None
     assert labeled(source).classes == ["0", "1"]
+    source.labels = np.array([10**9, 7, 10**9])  # identifiers
+    data = labeled(source)
+    assert data.classes == ["7", "1000000000"]
+    assert data.labels.tolist() == [1, 0, 1]
 
 
 def test_a_stream_is_refused():
@@ -81,7 +85,7 @@ def test_split_holds_out_a_share_of_every_class(tmp_path):
     assert np.bincount(held_out.labels).tolist() == [2, 0, 1]
     assert sorted([*kept.indices, *held_out.indices]) == list(range(16))
     labels = np.repeat([0, 1], [50, 50])
-    first, again, other = (split_rows(labels, 0.5, seed)[1].tolist() for seed in (0, 0, 1))
+    first, again, other = (split_labels(labels, 0.5, seed)[1].tolist() for seed in (0, 0, 1))
     assert first == again
     assert first != other
 

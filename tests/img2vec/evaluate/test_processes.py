@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from img2vec.evaluate import extract_features, finetune, knn, load_encoder, open_labeled, probe
-from img2vec.evaluate.features import gather_rows
+from tokdiv.dist import current_processes
 
 
 def evaluate_all(tiny: str, pictures: tuple[str, str], folder: Path) -> None:
@@ -56,7 +56,7 @@ def run_process(rank: int, port: int, tiny: str, pictures: tuple[str, str], fold
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=2)
     rows = torch.arange(3 * rank + 2)[:, None].repeat(1, 2) + 10 * rank
-    gathered = gather_rows(rows, "cpu")
+    gathered = current_processes().gather_rows(rows)
     assert gathered[:, 0].tolist() == [0, 1, 10, 11, 12, 13, 14]
     evaluate_all(tiny, pictures, folder)
     dist.destroy_process_group()
@@ -85,9 +85,9 @@ def results(folder: Path, task: str) -> dict:
 def test_features_are_those_of_one_process(runs):
     one, two = (torch.load(folder / "features.pt", weights_only=False) for folder in runs)
     torch.testing.assert_close(one["features"], two["features"], rtol=1e-5, atol=1e-6)
-    assert torch.equal(one["rows"], two["rows"])
+    assert torch.equal(one["positions"], two["positions"])
     assert torch.equal(one["labels"], two["labels"])
-    assert len(one["rows"]) == 49
+    assert len(one["positions"]) == 49
     assert one["skipped"] == two["skipped"] == 1
 
 
