@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from img2vec.evaluate.augment import randaugment, training_batches
+from img2vec.evaluate.augment import randaugment, training_steps
 from img2vec.evaluate.classifier import build_classifier, mean_and_std, parameter_groups
 from img2vec.evaluate.encoder import load_encoder, precision
 from img2vec.evaluate.features import (
@@ -78,7 +78,7 @@ def finetune(
         layer_decay: the learning rate of a layer is that of the next one times this.
         mixup, cutmix, reprob: 0 turns it off. auto_augment: in timm's notation; "" turns it off.
         image_size, device, dtype: see `load_encoder`; bfloat16 is autocast, the weights are float32.
-        workers: worker processes of one process; None for one per core.
+        workers: decoding threads of one process; None for one per core.
 
     Returns:
         top1, top5 (from five classes on) and loss on `val` after the last epoch: none is chosen by its
@@ -210,18 +210,18 @@ def _train(
     mixing = mixing_of(recipe, learn.num_classes)
     mean, std = teacher.mean.to(device), teacher.std.to(device)
     transform_mean, transform_std = mean_and_std(teacher)
-    transform = randaugment(
+    augmentation = randaugment(
         recipe.image_size,
         auto_augment=recipe.auto_augment,
         reprob=recipe.reprob,
         mean=transform_mean,
         std=transform_std,
     )
-    batches = training_batches(
+    steps = training_steps(
         learn,
-        transform,
-        recipe.image_size,
+        augmentation,
         batch_size=recipe.batch_size,
+        micro_batch_size=micro_batch_size,
         first_epoch=first,
         epochs=recipe.epochs,
         seed=recipe.seed,
@@ -239,12 +239,12 @@ def _train(
         unit="step",
         disable=silent,
     ) as bar:
-        for batch in batches:
-            if batch.step == 0:
+        for step in steps:
+            if step.step == 0:
                 # Drop path draws from the device's generator; a resumed run must draw the same.
-                entropy = np.random.SeedSequence([recipe.seed, batch.epoch, rank])
+                entropy = np.random.SeedSequence([recipe.seed, step.epoch, rank])
                 torch.manual_seed(int(entropy.generate_state(1)[0]))
-            progress = batch.epoch + batch.step / batch.num_steps
+            progress = step.epoch + step.step / step.num_steps
             rate = learning_rate(
                 progress,
                 peak=recipe.lr,
@@ -256,13 +256,13 @@ def _train(
                 group["lr"] = rate * group.get("lr_scale", 1.0)
             trained.train()
             with enough_memory("--micro-batch-size", micro_batch_size):
-                loss = accumulate_gradient(trained, batch, recipe, mixing, micro_batch_size, device)
+                loss, skipped = accumulate_gradient(trained, step, recipe, mixing, device)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             losses.append(loss)
-            unusable.update(batch.skipped)
+            unusable.update(skipped)
             bar.update()
-            if batch.step + 1 < batch.num_steps:
+            if step.step + 1 < step.num_steps:
                 continue
             mean_loss = float(sum_over_processes(torch.stack(losses).mean(), device)) / world
             losses.clear()
@@ -270,13 +270,13 @@ def _train(
             unusable.update(everywhere.tolist())
             if not np.isfinite(mean_loss):
                 raise RunError(
-                    f"the loss of epoch {batch.epoch} is {mean_loss}: use a lower --blr, or --dtype float32"
+                    f"the loss of epoch {step.epoch} is {mean_loss}: use a lower --blr, or --dtype float32"
                 )
             measured = measure_accuracy(
                 network, measure, mean, std, recipe, workers=workers, batch_size=micro_batch_size
             )
             history.append(
-                {"epoch": batch.epoch, "loss": mean_loss, "lr": rate, "val": dict(measured)}
+                {"epoch": step.epoch, "loss": mean_loss, "lr": rate, "val": dict(measured)}
             )
             bar.set_postfix(loss=f"{mean_loss:.3f}", top1=f"{measured['top1']:.3f}")
             _save(folder, identity, network, optimizer, history, unusable)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from img2vec.evaluate.augment import crop_and_flip, training_batches
+from img2vec.evaluate.augment import crop_and_flip, training_steps
 from img2vec.evaluate.encoder import load_encoder
 from img2vec.evaluate.features import (
     Features,
@@ -71,7 +71,7 @@ def probe(
         penalty: of "lbfgs": the factor of half the squared weights beside the mean cross-entropy; None
             chooses among powers of ten on a fifth of the training images.
         encode_batch_size: images in a forward pass of one process.
-        workers: decoding threads or worker processes of one process; None for one per core.
+        workers: decoding threads of one process; None for one per core.
         seed: of the order, the augmentation, the classifier's start and the fifth held out.
 
     Returns:
@@ -224,11 +224,11 @@ def _train_lars(
     rank, _ = process()
     unusable: set[int] = set()
     history: list[dict[str, float]] = []
-    batches = training_batches(
+    steps = training_steps(
         data,
         crop_and_flip(encoder.size),
-        encoder.size,
         batch_size=batch_size,
+        micro_batch_size=encode_batch_size,
         epochs=epochs,
         seed=seed,
         workers=workers,
@@ -236,17 +236,19 @@ def _train_lars(
     )
     losses: list[Tensor] = []
     total = epochs * (len(data) // batch_size)
-    bar = tqdm(batches, total=total, desc="probe", unit="step", disable=None if rank == 0 else True)
-    for batch in bar:
-        with enough_memory("--encode-batch-size", encode_batch_size):
-            parts = [
-                encoder(images.to(device, non_blocking=True)).float().mean(dim=1)
-                for images in batch.images.split(encode_batch_size)
-                if len(images)
-            ]
-        features = torch.cat(parts) if parts else torch.empty(0, encoder.dim, device=device)
-        unusable.update(batch.skipped)
-        rows = gather_rows(batch.rows, device).to(device)
+    bar = tqdm(steps, total=total, desc="probe", unit="step", disable=None if rank == 0 else True)
+    for step in bar:
+        parts = [torch.empty(0, encoder.dim, device=device)]
+        indices = [torch.empty(0, dtype=torch.int64)]
+        for batch in step.batches:
+            if len(batch.images):
+                with enough_memory("--encode-batch-size", encode_batch_size):
+                    images = batch.images.to(device, non_blocking=True)
+                    parts.append(encoder(images).float().mean(dim=1))
+            indices.append(batch.indices)
+            unusable.update(batch.skipped)
+        features = torch.cat(parts)
+        rows = gather_rows(torch.cat(indices), device).to(device)
         features = gather_rows(features, device).to(device)
         order = rows.argsort()  # the same sums whatever the number of processes
         if len(order) < 2:
@@ -255,7 +257,7 @@ def _train_lars(
                 f"damaged, or the batch is too small"
             )
         labels = torch.from_numpy(data.labels)[rows.cpu()].to(device)
-        progress = batch.epoch + batch.step / batch.num_steps
+        progress = step.epoch + step.step / step.num_steps
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(
                 progress, peak=peak, epochs=epochs, warmup_epochs=warmup_epochs
@@ -266,11 +268,11 @@ def _train_lars(
         loss.backward()
         optimizer.step()
         losses.append(loss.detach())
-        if batch.step + 1 == batch.num_steps:
+        if step.step + 1 == step.num_steps:
             mean_loss = float(torch.stack(losses).mean())
             losses.clear()
-            history.append({"epoch": batch.epoch, "loss": mean_loss})
-            bar.set_postfix(epoch=batch.epoch, loss=f"{mean_loss:.3f}")
+            history.append({"epoch": step.epoch, "loss": mean_loss})
+            bar.set_postfix(epoch=step.epoch, loss=f"{mean_loss:.3f}")
     gone = gather_rows(torch.tensor(sorted(unusable), dtype=torch.int64), device)
     return classifier, len(gone.unique()), history
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from img2vec.evaluate.augment import TrainingBatch, seeded
+from img2vec.evaluate.augment import TrainingStep, seeded
 from img2vec.evaluate.features import process, sum_over_processes
 from img2vec.evaluate.labeled import LabeledData
 from tokdiv.data.loader import read_batches
@@ -45,40 +45,51 @@ class Recipe:
 
 def accumulate_gradient(
     trained: nn.Module,
-    batch: TrainingBatch,
+    step: TrainingStep,
     recipe: Recipe,
     mixing: Any,
-    micro_batch_size: int,
     device: torch.device,
-) -> Tensor:
-    """Add the gradient of this process' part of a batch; its mean loss, on the device."""
-    images, labels = batch.images, batch.labels
-    parts = list(zip(images.split(micro_batch_size), labels.split(micro_batch_size)))
-    if not len(images):
-        # All processes must take part in the exchange of gradients: a black image that counts nothing.
-        size = recipe.image_size
-        parts = [(torch.zeros(2, 3, size, size), torch.zeros(2, dtype=torch.int64))]
+) -> tuple[Tensor, list[int]]:
+    """Add the gradient of a step: that of the mean loss over the usable images of all processes.
+
+    Returns:
+        The mean loss of this process's usable images, on the device, and the indices of unusable images.
+    """
     total = torch.zeros((), device=device)
-    for number, (view, target) in enumerate(parts):
-        share = len(view) / len(images) if len(images) else 0.0
+    num_usable, skipped = 0, []
+    for number, batch in enumerate(step.batches):
+        view, target = batch.images, batch.labels
+        num_usable += len(view)
+        skipped += batch.skipped
+        share = len(view) / step.num_images
+        if not len(view):
+            # All processes must take part in the exchange of gradients: black images that count nothing.
+            size = recipe.image_size
+            view, target = torch.zeros(2, 3, size, size), torch.zeros(2, dtype=torch.int64)
         view, target = view.to(device, non_blocking=True), target.to(device, non_blocking=True)
         smoothing = recipe.smoothing
         if mixing is not None and len(view) > 1:
             rank, _ = process()
             odd = len(view) % 2  # timm pairs the images of a batch: one without partner is left out
             view, target = view[odd:], target[odd:]
-            with seeded(recipe.seed, batch.epoch, batch.step, rank, number):
+            with seeded(recipe.seed, step.epoch, step.step, rank, number):
                 view, target = mixing(view, target)
             smoothing = 0.0  # timm's targets are smoothed already
         # Between processes, gradients are exchanged in the last backward pass only.
-        inner = isinstance(trained, DistributedDataParallel) and number + 1 < len(parts)
+        inner = isinstance(trained, DistributedDataParallel) and number + 1 < step.num_batches
         with trained.no_sync() if inner else nullcontext():  # type: ignore[operator]
             with torch.autocast(device.type, torch.bfloat16, enabled=recipe.dtype == "bfloat16"):
                 logits = trained(view)
             loss = share * F.cross_entropy(logits.float(), target, label_smoothing=smoothing)
             loss.backward()
         total += loss.detach()
-    return total
+    # So far, unusable images counted as images without a loss.
+    everywhere = float(sum_over_processes(torch.tensor(float(num_usable)), device))
+    if 0 < everywhere < recipe.batch_size:
+        for parameter in trained.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(recipe.batch_size / everywhere)
+    return total * (step.num_images / max(1, num_usable)), skipped
 
 
 def mixing_of(recipe: Recipe, num_classes: int) -> Any:
