@@ -36,7 +36,7 @@ from tokdiv.errors import RunError, UsageError
 from tokdiv.report.page import NARROW, SKIPPED, inline_figure, read_skipped, render, repeat_command
 from tokdiv.run_dir import write_atomic
 from tokdiv.teachers.load import load_teacher
-from tokdiv.teachers.spec import CUSTOM, TeacherSpec
+from tokdiv.teachers.spec import TeacherSpec
 from tokdiv.teachers.teacher import Teacher
 
 REPORT = "report.html"
@@ -318,7 +318,7 @@ def _again(out: Path, run: dict[str, Any]) -> dict[str, str]:
     """How to go on with the run, or to repeat it."""
     if (given := repeat_command(run, "img2vec")) is not None:
         return given
-    own = run["teacher"].get("architecture") == CUSTOM
+    own = TeacherSpec.from_dict(run["teacher"]).is_custom
     teacher = "teacher" if own else "TeacherSpec.from_dict(run['teacher'])"
     said = "From Python, as the run was started. The same out goes on where that run stands; another begins anew."
     if own:

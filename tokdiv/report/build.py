@@ -43,7 +43,6 @@ from tokdiv.report.page import (
 from tokdiv.scores import write_whole
 from tokdiv.teachers.cache import is_cached
 from tokdiv.teachers.load import load_teacher
-from tokdiv.teachers.spec import CUSTOM
 from tokdiv.teachers.teacher import Teacher
 
 FILES = ("report.html", "similarity.png", "similarity.svg")  # what is written into RUN
@@ -247,7 +246,7 @@ def _evidence(ranking: Ranking, scores: _Scores) -> _Evidence:
         ranking.data["count"],
         delta=1 - ranking.settings["confidence"],
         tie=ranking.settings["tie"],
-        lower=-1 / (min(teacher.spec.num_tokens or 2 for teacher in ranking.teachers) - 1),
+        lower=-1 / (min(teacher.spec.num_tokens for teacher in ranking.teachers) - 1),
         upper=1.0,
     )
     looks = look_schedule(num_images)
@@ -441,7 +440,7 @@ def _load_again(teacher: RankedTeacher, device: str) -> Teacher:
         RunError: the weights changed.
     """
     weights = teacher.spec.weights or ""
-    if teacher.spec.architecture == CUSTOM:
+    if teacher.spec.is_custom:
         raise UsageError("it is a module of the user's own, which RUN cannot load again")
     # A page is no reason to fetch gigabytes.
     if weights.startswith(("http://", "https://", "hf-hub:")) and not is_cached(weights):
@@ -598,7 +597,7 @@ def _repeat(folder: Path, ranking: Ranking, config: dict[str, Any]) -> dict[str,
     }
     options = "".join(f",\n    {key}={value!r}" for key, value in chosen.items())
     said = "From Python, as the run was started."
-    if any(teacher.spec.architecture == CUSTOM for teacher in ranking.teachers):
+    if any(teacher.spec.is_custom for teacher in ranking.teachers):
         said += " Modules of your own must be made by your code and take the place of their specs."
     return {
         "said": said,
@@ -611,7 +610,7 @@ def _repeat(folder: Path, ranking: Ranking, config: dict[str, Any]) -> dict[str,
 def _pretrain(folder: Path, ranking: Ranking, config: dict[str, Any]) -> dict[str, str]:
     """How to pretrain with the winner."""
     data = ranking.data["source"]
-    if ranking.best.architecture == CUSTOM:
+    if ranking.best.is_custom:
         if module := _teacher_module(given_command(config, "tokdiv")):
             words = ["img2vec", "pretrain", data, "--teacher-module", module, "-o", "runs/pretrain"]
             return {
