@@ -9,6 +9,7 @@ from tokdiv.lazy import lazy_names
 
 if TYPE_CHECKING:
     from tokdiv.certify import certify_order, confidence_sequence
+    from tokdiv.correspondence import correspondence
     from tokdiv.errors import RunError, UsageError
     from tokdiv.measure import rank
     from tokdiv.metric import TokenSimilarity
@@ -29,6 +30,7 @@ _HOMES = {
     "UsageError": "errors",
     "certify_order": "certify",
     "confidence_sequence": "certify",
+    "correspondence": "correspondence",
     "load_ranking": "ranking",
     "load_teacher": "teachers.load",
     "parse_specs": "teachers.spec",
@@ -45,6 +47,7 @@ __all__ = [
     "UsageError",
     "certify_order",
     "confidence_sequence",
+    "correspondence",
     "load_ranking",
     "load_teacher",
     "parse_specs",
