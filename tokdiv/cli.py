@@ -173,7 +173,7 @@ def rank(
         image_size=_image_size(image_size),
         allow_baselines=allow_baselines,
     )
-    if _is_first_process():
+    if is_first_process():
         print(_ranking_text(ranking, out))
         if unusable := ranking.data["unusable"]:
             where = out / "skipped.csv"
@@ -306,7 +306,8 @@ def _query(text: str | None) -> tuple[float, float] | None:
     return row, column
 
 
-def _is_first_process() -> bool:
+def is_first_process() -> bool:
+    """Whether this process prints what all of them know."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
@@ -372,7 +373,9 @@ def _run(application: typer.Typer) -> int:
     except RunError as error:
         return _fail(error, 1)
     except Interrupted as error:
-        return _fail(error, 128 + error.signal, shared=True)
+        from tokdiv.dist import EXIT_CODES
+
+        return _fail(error, EXIT_CODES[signal.Signals(error.signal)], shared=True)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except BrokenPipeError:
@@ -407,7 +410,7 @@ def _with_value(error: Any) -> str:
 
 def _fail(message: object, code: int, shared: bool = False) -> int:
     """One line on stderr; of what all processes of a run know, only the first one speaks."""
-    if shared and not _is_first_process():
+    if shared and not is_first_process():
         return code
     print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
     return code

@@ -148,8 +148,6 @@ def expected(hint: Any, metadata: Mapping[str, Any] = types.MappingProxyType({})
         return (f"one of {', '.join(arguments)}") if len(arguments) > 1 else repr(arguments[0])
     if origin is tuple and arguments[-1] is Ellipsis:
         return f"one or more of: {expected(arguments[0], metadata)}"
-    if origin is tuple:
-        return f"{len(arguments)} numbers"
     words = {
         "at_least": "{} or more",
         "above": "above {}",
@@ -158,7 +156,8 @@ def expected(hint: Any, metadata: Mapping[str, Any] = types.MappingProxyType({})
     }
     limits = [text.format(metadata[key]) for key, text in words.items() if key in metadata]
     names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
-    return ", ".join([names.get(hint, "a table of key: value"), *limits])
+    kind = names.get(hint, "a table of key: value")
+    return ", ".join([f"{len(arguments)} numbers" if origin is tuple else kind, *limits])
 
 
 def with_settings(
