@@ -21,6 +21,7 @@ from img2vec.evaluate.logistic import fit_logistic
 from img2vec.evaluate.results import Results, describe_data
 from img2vec.evaluate.settings import ProbeSettings, peak_lr, warmup_note
 from img2vec.optim import learning_rate
+from tokdiv.data.source import storable
 from tokdiv.dist import Processes, current_processes, default_workers
 from tokdiv.errors import RunError
 from tokdiv.progress import progress_bar
@@ -84,7 +85,7 @@ def probe(
     fitted = fit(encoder, train_data, settings, group)
     results = Results(
         task="probe",
-        model=encoder.name,
+        model=storable(encoder.name),
         metrics=accuracy(_logits(fitted.classifier, queries.features), queries.labels),
         settings={
             "solver": settings.solver,
