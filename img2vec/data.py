@@ -4,11 +4,10 @@ What happens to an image depends on (seed, epoch, position) alone, not on who re
 processes and every resumption sees the same.
 """
 
+import contextlib
+import dataclasses
 import math
-import threading
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from img2vec.masking import CROP, Layout, draw_mask, generator
-from tokdiv.data.loader import Source, UnusableImage, decode_image, permutation
-from tokdiv.data.source import Item
+from tokdiv.data.loader import fill_batches
+from tokdiv.data.source import Item, Source, permutation
 from tokdiv.errors import UsageError
 
 ASPECT = (3 / 4, 4 / 3)  # of the random resized crop, as torchvision's and MAE's
@@ -56,6 +55,24 @@ class Batch:
             return self
         moved = (t.to(device, non_blocking=True) for t in (self.images, self.masks, self.usable))
         return Batch(self.positions, *moved)
+
+
+@dataclass
+class _ViewBatch(Batch):
+    """A batch that the loader fills."""
+
+    view: View
+    epoch: int
+
+    def write(self, row: int, image: Tensor | None) -> None:
+        # A row without an image has a mask as well: its tokens are computed, and count nothing.
+        position = max(0, int(self.positions[row]))
+        mask = draw_mask(self.view.layout, self.view.seed, self.epoch, position)
+        # Through numpy: a copy by torch would start a pool of OpenMP threads in each worker.
+        self.masks.numpy()[row] = mask
+        if image is not None:
+            self.images.numpy()[row] = random_view(image, self.view, self.epoch, position).numpy()
+            self.usable.numpy()[row] = 1.0
 
 
 @dataclass(frozen=True)
@@ -167,7 +184,7 @@ def read_epoch(
     rank: int = 0,
     first: int = 0,
     workers: int = 1,
-    prefetch: int = 3,
+    prefetch: int = 4,
     pin_memory: bool = False,
     cache: dict[int, bytes] | None = None,
     report: Callable[[str, str], None] = lambda key, reason: None,
@@ -183,103 +200,48 @@ def read_epoch(
     """
     seed = epoch_seed(view.seed, epoch)
     order = None
-    stream: Iterator[tuple[str, Item]] | None = None
     if source.permutable:
         assert source.count is not None
         order = permutation(source.count, seed)
-    else:
-        # Every process walks through the whole stream and decodes its own positions.
-        stream = source.stream(seed % 2**31)
-    cursor = _Cursor(stream) if stream is not None else None
-    reader = ThreadPoolExecutor(1, thread_name_prefix="img2vec-read")
-    decoders = ThreadPoolExecutor(max(1, workers), thread_name_prefix="img2vec-decode")
-    stop = threading.Event()
-
-    def begin(positions: np.ndarray) -> tuple[Batch, list[Future[None]]]:
-        n, size = len(positions), view.size
-        batch = Batch(
-            positions,
-            torch.zeros(n, 3, size, size, dtype=torch.uint8, pin_memory=pin_memory),
-            torch.zeros(n, view.layout.num_units, dtype=torch.bool, pin_memory=pin_memory),
-            torch.zeros(n, pin_memory=pin_memory),
-        )
-        # Written through numpy: a copy by torch would start a pool of OpenMP threads in each worker.
-        images, masks, usable = batch.images.numpy(), batch.masks.numpy(), batch.usable.numpy()
-        items = reader.submit(cursor.take, positions) if cursor is not None else None
-
-        def fill(row: int) -> None:
-            # A filling or unusable image has a mask as well: its tokens are computed and count nothing.
-            position = int(positions[row])
-            masks[row] = draw_mask(view.layout, view.seed, epoch, max(0, position))
-            if position < 0 or stop.is_set():
-                return
-            key = ""
-            try:
-                if items is not None:
-                    taken = items.result()
-                    if row >= len(taken):
-                        report(f"position {position}", "the stream ended before it")
-                        return
-                    key, data = taken[row]
-                else:
-                    assert order is not None
-                    index = int(order[position])
-                    key = source.key(index)
-                    data = (
-                        cache[index] if cache is not None and index in cache else source.read(index)
-                    )
-                    if cache is not None and isinstance(data, bytes):
-                        cache[index] = data
-                image = random_view(decode_image(data), view, epoch, position)
-                images[row] = image.numpy()
-                usable[row] = 1.0
-            except UnusableImage as unusable_image:
-                report(key, unusable_image.reason)
-            except OSError as error:
-                report(key, f"cannot be read: {error.strerror or error}")
-
-        return batch, [decoders.submit(fill, row) for row in range(n)]
-
-    blocks: Iterable[np.ndarray] = plan.blocks(rank, first)
-    waiting: deque[tuple[Batch, list[Future[None]]]] = deque()
-    try:
-        for positions in blocks:
-            waiting.append(begin(positions))
-            if len(waiting) > prefetch:
-                yield _finished(waiting.popleft())
-        while waiting:
-            yield _finished(waiting.popleft())
-    finally:
-        stop.set()
-        decoders.shutdown(wait=True, cancel_futures=True)
-        reader.shutdown(wait=True, cancel_futures=True)
-        if stream is not None and hasattr(stream, "close"):
-            stream.close()
+        if cache is not None:
+            source = _cached(source, cache)
+    unfilled = (
+        _empty_batch(positions, view, epoch, pin_memory) for positions in plan.blocks(rank, first)
+    )
+    # Every process walks through the whole of a stream, and decodes its own positions.
+    with contextlib.closing(
+        fill_batches(source, order, unfilled, workers=workers, seed=seed % 2**31, prefetch=prefetch)
+    ) as batches:
+        for batch, keys, reasons in batches:
+            for row, position in enumerate(batch.positions[batch.positions >= 0].tolist()):
+                if row >= len(keys):
+                    report(f"position {position}", "the stream ended before it")
+                elif (reason := reasons[row]) is not None:
+                    report(keys[row], reason)
+            yield batch
 
 
-def _finished(pending: tuple[Batch, list[Future[None]]]) -> Batch:
-    batch, tasks = pending
-    for task in tasks:
-        task.result()
-    return batch
+def _empty_batch(positions: np.ndarray, view: View, epoch: int, pin_memory: bool) -> _ViewBatch:
+    n = len(positions)
+    return _ViewBatch(
+        positions,
+        torch.zeros(n, 3, view.size, view.size, dtype=torch.uint8, pin_memory=pin_memory),
+        torch.zeros(n, view.layout.num_units, dtype=torch.bool, pin_memory=pin_memory),
+        torch.zeros(n, pin_memory=pin_memory),
+        view,
+        epoch,
+    )
 
 
-class _Cursor:
-    """Walks a stream to ascending positions, in one thread; what it passes over is not decoded."""
+def _cached(source: Source, cache: dict[int, bytes]) -> Source:
+    """The same source, whose encoded images stay in memory once they are read."""
 
-    def __init__(self, stream: Iterator[tuple[str, Item]]) -> None:
-        self.stream, self.next = stream, 0
+    def read(index: int) -> Item:
+        if index in cache:
+            return cache[index]
+        data = source.read(index)
+        if isinstance(data, bytes):
+            cache[index] = data
+        return data
 
-    def take(self, positions: np.ndarray) -> list[tuple[str, Item]]:
-        """The items at these positions, -1 left out; fewer where the stream ends."""
-        taken: list[tuple[str, Item]] = []
-        for position in positions[positions >= 0].tolist():
-            item = None
-            while self.next <= position:
-                item = next(self.stream, None)
-                if item is None:
-                    return taken
-                self.next += 1
-            assert item is not None
-            taken.append(item)
-        return taken
+    return dataclasses.replace(source, reader=read)

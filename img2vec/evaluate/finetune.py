@@ -19,13 +19,13 @@ from img2vec.checkpoint import (
     training_state,
     write_checkpoint,
 )
-from img2vec.evaluate.augment import randaugment, training_batches
+from img2vec.evaluate.augment import randaugment, training_steps
 from img2vec.evaluate.classifier import build_classifier, mean_and_std, parameter_groups
 from img2vec.evaluate.encoder import load_encoder
 from img2vec.evaluate.labeled import LabeledData, open_labeled
 from img2vec.evaluate.results import Results, describe_data
 from img2vec.evaluate.settings import FinetuneSettings, Recipe, peak_lr, warmup_note
-from img2vec.evaluate.supervised import make_mixing, measure_accuracy, train_step
+from img2vec.evaluate.supervised import make_mixing, measure_accuracy, rate_at, train_step
 from img2vec.export import save_model
 from tokdiv.data.source import storable
 from tokdiv.dist import (
@@ -207,19 +207,19 @@ def _train(
         model = DistributedDataParallel(network, device_ids=cuda)
     mixing = make_mixing(recipe, train_data.num_classes)
     mean, std = mean_and_std(teacher)
-    transform = randaugment(
+    augmentation = randaugment(
         teacher.size,
         auto_augment=recipe.auto_augment,
         reprob=recipe.reprob,
         mean=mean,
         std=std,
     )
-    steps = len(train_data) // recipe.batch_size
+    num_steps = len(train_data) // recipe.batch_size
     with (
         caught_signals() if folder is not None else nullcontext(Interruption()) as interruption,
         progress_bar(
-            total=recipe.epochs * steps,
-            initial=len(progress.history) * steps,
+            total=recipe.epochs * num_steps,
+            initial=len(progress.history) * num_steps,
             desc="finetune",
             unit="step",
             show=group.rank == 0,
@@ -231,31 +231,33 @@ def _train(
             torch.manual_seed(int(entropy.generate_state(1)[0]))
             losses: list[Tensor] = []
             unusable = set(progress.unusable)
-            for batch in training_batches(
+            for step in training_steps(
                 train_data,
-                transform,
-                teacher.size,
+                augmentation,
                 batch_size=recipe.batch_size,
+                micro_batch_size=recipe.micro_batch_size,
                 first_epoch=epoch,
                 epochs=epoch + 1,
                 seed=recipe.seed,
                 workers=recipe.workers,
                 pin_memory=device.type == "cuda",
             ):
-                losses.append(train_step(model, optimizer, batch, recipe, mixing, group))
-                unusable.update(batch.skipped)
+                loss, skipped = train_step(model, optimizer, step, recipe, mixing, group)
+                losses.append(loss)
+                unusable.update(skipped)
                 bar.update()
                 if signal := group.max(interruption.signal):
                     raise Interrupted(signal, f"{epoch} epochs")
-            loss = float(group.sum(torch.stack(losses).mean())) / group.world
-            if not np.isfinite(loss):
+            mean_loss = float(group.sum(torch.stack(losses).mean())) / group.world
+            if not np.isfinite(mean_loss):
                 raise RunError(
-                    f"the loss of epoch {epoch} is {loss}: use a lower --blr, or --dtype float32"
+                    f"the loss of epoch {epoch} is {mean_loss}: use a lower --blr, or --dtype float32"
                 )
             accuracy, num_val = measure_accuracy(
                 network, val_data, teacher.mean.to(device), teacher.std.to(device), recipe, group
             )
-            entry = {"epoch": epoch, "loss": loss, "lr": optimizer.param_groups[-1]["lr"]}
+            last_rate = rate_at(step.epoch + step.step / step.num_steps, recipe)
+            entry = {"epoch": epoch, "loss": mean_loss, "lr": last_rate}
             entry |= {f"val_{name}": value for name, value in accuracy.items()}
             found = group.gather_rows(torch.tensor(sorted(unusable), dtype=torch.int64))
             progress = Progress([*progress.history, entry], sorted(set(found.tolist())), num_val)
@@ -264,7 +266,7 @@ def _train(
                 if group.rank == 0:
                     progress_now = {"identity": identity, "progress": dataclasses.asdict(progress)}
                     write_checkpoint(folder / CHECKPOINT, KIND, {**state, **progress_now})
-            bar.set_postfix(loss=f"{loss:.3f}", top1=f"{accuracy['top1']:.3f}")
+            bar.set_postfix(loss=f"{mean_loss:.3f}", top1=f"{accuracy['top1']:.3f}")
     return progress
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from img2vec.evaluate.augment import crop_and_flip, training_batches
+from img2vec.evaluate.augment import TrainingStep, crop_and_flip, training_steps
 from img2vec.evaluate.encoder import load_encoder
 from img2vec.evaluate.features import (
     Features,
@@ -171,38 +171,36 @@ def _fit_lars(
     unusable: set[int] = set()
     losses: list[Tensor] = []
     history: list[dict[str, float]] = []
-    batches = training_batches(
+    steps = training_steps(
         data,
         crop_and_flip(encoder.size),
-        encoder.size,
         batch_size=batch_size,
+        micro_batch_size=settings.encode_batch_size,
         epochs=settings.epochs,
         seed=settings.seed,
         workers=default_workers() if settings.workers is None else settings.workers,
         pin_memory=group.device.type == "cuda",
     )
-    steps = len(data) // batch_size
     bar = progress_bar(
-        batches,
-        total=settings.epochs * steps,
+        steps,
+        total=settings.epochs * (len(data) // batch_size),
         desc="probe",
         unit="step",
         show=group.rank == 0,
     )
-    for batch in bar:
-        with enough_memory("--encode-batch-size", settings.encode_batch_size):
-            features = _encode(encoder, batch.images, settings.encode_batch_size)
-        unusable.update(batch.skipped)
-        positions = group.gather_rows(batch.rows)
+    for step in bar:
+        features, indices, skipped = _encode(encoder, step, settings)
+        unusable.update(skipped)
+        indices = group.gather_rows(indices)
         features = group.gather_rows(features).to(group.device)
-        if len(positions) < 2:
+        if len(indices) < 2:
             raise RunError(
-                f"'{data.source.name}': a batch of {batch_size} had {len(positions)} usable images: too many "
-                f"are damaged, or the batch is too small"
+                f"'{data.source.name}': a batch of {batch_size} had {len(indices)} usable images: too many are "
+                f"damaged, or the batch is too small"
             )
-        order = positions.argsort()  # the same sums for any number of processes
-        labels = torch.from_numpy(data.labels)[positions[order]].to(group.device)
-        epoch = batch.epoch + batch.step / batch.num_steps
+        order = indices.argsort()  # the same sums for any number of processes
+        labels = torch.from_numpy(data.labels)[indices[order]].to(group.device)
+        epoch = step.epoch + step.step / step.num_steps
         for parameters in optimizer.param_groups:
             parameters["lr"] = learning_rate(epoch, settings.epochs, settings.warmup_epochs, peak)
         classifier.train()
@@ -211,11 +209,11 @@ def _fit_lars(
         loss.backward()
         optimizer.step()
         losses.append(loss.detach())
-        if batch.step + 1 == batch.num_steps:
+        if step.step + 1 == step.num_steps:
             mean_loss = float(torch.stack(losses).mean())
             losses.clear()
-            history.append({"epoch": batch.epoch, "loss": mean_loss})
-            bar.set_postfix(epoch=batch.epoch, loss=f"{mean_loss:.3f}")
+            history.append({"epoch": step.epoch, "loss": mean_loss})
+            bar.set_postfix(epoch=step.epoch, loss=f"{mean_loss:.3f}")
     gone = group.gather_rows(torch.tensor(sorted(unusable), dtype=torch.int64))
     used = {
         "epochs": settings.epochs,
@@ -228,15 +226,22 @@ def _fit_lars(
     return Fit(classifier, len(gone.unique()), used, notes, history)
 
 
-def _encode(encoder: Teacher, images: Tensor, batch_size: int) -> Tensor:
-    """Features (n, C) of n images, n = 0 included."""
+def _encode(
+    encoder: Teacher, step: TrainingStep, settings: ProbeSettings
+) -> tuple[Tensor, Tensor, list[int]]:
+    """Features (n, C), indices (n,) of this process's usable images, and the indices of unusable ones."""
     device = encoder.mean.device
-    parts = [
-        encoder(part.to(device, non_blocking=True)).float().mean(dim=1)
-        for part in images.split(batch_size)
-        if len(part)
-    ]
-    return torch.cat(parts) if parts else torch.empty(0, encoder.dim, device=device)
+    features = [torch.empty(0, encoder.dim, device=device)]
+    indices = [torch.empty(0, dtype=torch.int64)]
+    skipped: list[int] = []
+    for batch in step.batches:
+        if len(batch.images):
+            with enough_memory("--encode-batch-size", settings.encode_batch_size):
+                images = batch.images.to(device, non_blocking=True)
+                features.append(encoder(images).float().mean(dim=1))
+        indices.append(batch.indices)
+        skipped += batch.skipped
+    return torch.cat(features), torch.cat(indices), skipped
 
 
 def batchnorm_linear(dim: int, num_classes: int, seed: int) -> nn.Sequential:

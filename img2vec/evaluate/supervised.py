@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from img2vec.evaluate.augment import TrainingBatch, seeded
+from img2vec.evaluate.augment import TrainingStep, seeded
 from img2vec.evaluate.features import enough_memory, no_usable_images, read_views
 from img2vec.evaluate.labeled import LabeledData
 from img2vec.evaluate.settings import Recipe
@@ -19,62 +19,72 @@ from tokdiv.dist import Processes
 def train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    batch: TrainingBatch,
+    step: TrainingStep,
     recipe: Recipe,
     mixing: Any,
     group: Processes,
-) -> Tensor:
-    """One optimizer step; the mean loss of this process's part of the batch, on the device."""
-    epoch = batch.epoch + batch.step / batch.num_steps
-    rate = learning_rate(
-        epoch, recipe.epochs, recipe.warmup_epochs, recipe.lr, lowest=recipe.min_lr
-    )
+) -> tuple[Tensor, list[int]]:
+    """One optimizer step; returns what `accumulate_gradient` does."""
+    rate = rate_at(step.epoch + step.step / step.num_steps, recipe)
     for parameters in optimizer.param_groups:
         parameters["lr"] = rate * parameters.get("lr_scale", 1.0)
     model.train()
-    loss = accumulate_gradient(model, batch, recipe, mixing, group)
+    loss, skipped = accumulate_gradient(model, step, recipe, mixing, group)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return loss
+    return loss, skipped
+
+
+def rate_at(epoch: float, recipe: Recipe) -> float:
+    """The learning rate of the last layer at an epoch and its fraction."""
+    return learning_rate(epoch, recipe.epochs, recipe.warmup_epochs, recipe.lr, recipe.min_lr)
 
 
 def accumulate_gradient(
-    model: nn.Module,
-    batch: TrainingBatch,
-    recipe: Recipe,
-    mixing: Any,
-    group: Processes,
-) -> Tensor:
-    """Add the gradient of this process's part of a batch; its mean loss, on the device."""
-    images, labels, device = batch.images, batch.labels, group.device
-    size, micro_batch_size = recipe.image_size, recipe.micro_batch_size
-    parts = list(zip(images.split(micro_batch_size), labels.split(micro_batch_size)))
-    if not len(images):
-        # Every process must exchange gradients: black images with weight 0.
-        parts = [(torch.zeros(2, 3, size, size), torch.zeros(2, dtype=torch.int64))]
+    model: nn.Module, step: TrainingStep, recipe: Recipe, mixing: Any, group: Processes
+) -> tuple[Tensor, list[int]]:
+    """Add the gradient of the mean loss over a step's usable images, of all processes.
+
+    Returns:
+        The mean loss of this process's usable images, on the device, and the indices of unusable images.
+    """
+    device, size = group.device, recipe.image_size
     total = torch.zeros((), device=device)
-    for number, (view, target) in enumerate(parts):
-        weight = len(view) / len(images) if len(images) else 0.0
+    num_usable, skipped = 0, []
+    for number, batch in enumerate(step.batches):
+        view, target = batch.images, batch.labels
+        num_usable += len(view)
+        skipped += batch.skipped
+        weight = len(view) / step.num_images
+        if not len(view):
+            # Every process must exchange gradients: black images with weight 0.
+            view, target = torch.zeros(2, 3, size, size), torch.zeros(2, dtype=torch.int64)
         view, target = view.to(device, non_blocking=True), target.to(device, non_blocking=True)
         smoothing = recipe.smoothing
         if mixing is not None and len(view) > 1:
             odd = len(view) % 2  # timm mixes pairs: an image without a partner is left out
             view, target = view[odd:], target[odd:]
-            with seeded(recipe.seed, batch.epoch, batch.step, group.rank, number):
+            with seeded(recipe.seed, step.epoch, step.step, group.rank, number):
                 view, target = mixing(view, target)
             smoothing = 0.0  # timm has smoothed the targets
         # Between processes, only the last backward pass exchanges gradients.
-        inner = isinstance(model, DistributedDataParallel) and number + 1 < len(parts)
+        inner = isinstance(model, DistributedDataParallel) and number + 1 < step.num_batches
         with (
             model.no_sync() if inner else nullcontext(),  # type: ignore[operator]
-            enough_memory("--micro-batch-size", micro_batch_size),
+            enough_memory("--micro-batch-size", recipe.micro_batch_size),
         ):
             with torch.autocast(device.type, torch.bfloat16, enabled=recipe.dtype == "bfloat16"):
                 logits = model(view)
             loss = weight * F.cross_entropy(logits.float(), target, label_smoothing=smoothing)
             loss.backward()
         total += loss.detach()
-    return total
+    # So far, unusable images counted as images without a loss.
+    total_usable = float(group.sum(torch.tensor(float(num_usable))))
+    if 0 < total_usable < recipe.batch_size:
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(recipe.batch_size / total_usable)
+    return total * (step.num_images / max(1, num_usable)), skipped
 
 
 def make_mixing(recipe: Recipe, num_classes: int) -> Any:

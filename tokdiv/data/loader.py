@@ -1,30 +1,31 @@
-"""From the bytes of an image to batches of views: one decode an image, in threads, in a seeded order.
+"""From a source of images to batches, decoded in threads: the one loader of ranking, features and training.
 
     source = open_source("photos/")
     order = permutation(source.count, seed=0)
     for batch in read_batches(source, order, blocks, sizes={224}, workers=8):
         batch.views[224]    # uint8 (num_usable, 3, 224, 224)
 
-Threads and not processes: the decoders, the resize and the copies release the interpreter's lock,
-and a batch is written where it is used, without being sent from one process to another.
+Threads and not processes: the decoders, the resize and the copies release the interpreter's lock, and a batch
+is written where it is used, without being sent from one process to another.
 """
 
+import contextlib
 import errno
 import os
 import threading
 from collections import deque
 from collections.abc import Collection, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
+from torch import Tensor
 
 from tokdiv.data.decode import UnusableImage, center_view, decode_image
 from tokdiv.data.open import open_source
-from tokdiv.data.source import Source, permutation
+from tokdiv.data.source import Item, Source, permutation
 from tokdiv.errors import RunError
 
 __all__ = [
@@ -33,17 +34,207 @@ __all__ = [
     "UnusableImage",
     "center_view",
     "decode_image",
+    "fill_batches",
     "open_source",
+    "pack",
     "permutation",
     "read_batches",
 ]
 
+# Not the image's fault: it could be read with fewer threads, or with a higher limit.
+_SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
+
+class Fillable(Protocol):
+    """A batch whose memory is there and whose rows the loader fills."""
+
+    @property
+    def positions(self) -> np.ndarray:
+        """int64 (n,), positions in the order; -1 stands for a row without an image."""
+
+    def write(self, row: int, image: Tensor | None) -> None:
+        """Write one row, once, in any thread: uint8 (3, H, W); None where there is no usable image."""
+
+
+B = TypeVar("B", bound=Fillable)
+
+
+class Filled(NamedTuple, Generic[B]):
+    """A batch whose rows are written.
+
+    keys: n names; fewer where a stream ended. reasons: as many entries, None where usable.
+    """
+
+    batch: B
+    keys: list[str]
+    reasons: list[str | None]
+
+
+def fill_batches(
+    source: Source,
+    order: np.ndarray | None,
+    batches: Iterable[B],
+    *,
+    workers: int,
+    seed: int = 0,
+    prefetch: int = 2,
+) -> Generator[Filled[B], None, None]:
+    """Fill batches with decoded images, in order, some ahead of the one that the caller holds.
+
+    Args:
+        source: where the images are read.
+        order: int64 (count,), position -> index into the source; None for the source's own order. A
+            stream has no indices: its positions count along it, shuffled with `seed`, and must ascend;
+            what they leave out is read over but not decoded.
+        batches: each is drawn when its turn comes to be filled, so that at most prefetch + 1 are in
+            memory, the caller's included.
+        workers: decoding threads.
+
+    Raises:
+        RunError: the machine is short of memory or file handles. An image that cannot be read or decoded
+            is no error: it has a reason instead. Errors of `batches` and of a stream are raised too.
+
+    Closing the generator stops the threads after the image at hand.
+    """
+    if order is None and source.permutable:
+        order = np.arange(source.count or 0)
+    stop = threading.Event()
+    cursor = None if order is not None else _StreamCursor(source.stream(seed), stop)
+    num_workers = max(1, workers)
+    decoders = ThreadPoolExecutor(num_workers, thread_name_prefix="tokdiv-decode")
+    reader = ThreadPoolExecutor(1, thread_name_prefix="tokdiv-read")
+
+    def begin(batch: B) -> _Filling[B]:
+        positions = batch.positions
+        items = reader.submit(cursor.take, positions) if cursor is not None else None
+        indices = order[positions] if order is not None else None
+        filling = _Filling(source, batch, indices, items, stop)
+        rows = iter(range(len(positions)))  # shared: each thread draws the next row not begun
+        for _ in range(min(num_workers, len(positions))):
+            filling.tasks.append(decoders.submit(filling.run, rows))
+        return filling
+
+    waiting: deque[_Filling[B]] = deque()
+    remaining = iter(batches)
+    try:
+        while True:
+            while len(waiting) < max(1, prefetch) and (batch := next(remaining, None)) is not None:
+                waiting.append(begin(batch))
+                del batch
+            if not waiting:
+                return
+            yield waiting.popleft().finish()  # not kept in a name: it is the caller's alone
+    finally:
+        stop.set()
+        decoders.shutdown(wait=True, cancel_futures=True)
+        reader.shutdown(wait=True, cancel_futures=True)
+        if cursor is not None:
+            cursor.close()
+
+
+@dataclass
+class _Filling(Generic[B]):
+    """A batch that threads are filling."""
+
+    source: Source
+    batch: B
+    indices: np.ndarray | None  # of its rows in the source
+    items: "Future[list[tuple[str, Item]]] | None"  # of its rows, where the source is a stream
+    stop: threading.Event
+    reasons: list[str | None] = field(init=False)
+    tasks: list["Future[None]"] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.reasons = [None] * len(self.batch.positions)
+
+    def run(self, rows: Iterator[int]) -> None:
+        """Read, decode and write images until `rows` has no more."""
+        for row in rows:
+            if self.stop.is_set():
+                return
+            self.batch.write(row, self._decoded(row))
+
+    def _decoded(self, row: int) -> Tensor | None:
+        items = None if self.items is None else self.items.result()
+        if self.batch.positions[row] < 0 or (items is not None and row >= len(items)):
+            return None
+        try:
+            if items is not None:
+                return decode_image(items[row][1])
+            assert self.indices is not None
+            return decode_image(self.source.read(int(self.indices[row])))
+        except UnusableImage as unusable:
+            self.reasons[row] = unusable.reason
+        except OSError as error:
+            self.reasons[row] = _io_reason(error)
+        except MemoryError:
+            raise RunError("out of memory in decoding an image: use fewer --workers") from None
+        return None
+
+    def finish(self) -> Filled[B]:
+        """Wait for the threads."""
+        for task in self.tasks:
+            task.result()
+        if self.items is not None:
+            keys = [key for key, _ in self.items.result()]
+        else:
+            assert self.indices is not None
+            keys = [self.source.key(int(index)) for index in self.indices]
+        return Filled(self.batch, keys, self.reasons[: len(keys)])
+
+
+class _StreamCursor:
+    """Walks a stream of (key, image) to ascending positions. Used by one thread."""
+
+    def __init__(self, samples: Iterator[tuple[str, Item]], stop: threading.Event) -> None:
+        self.samples, self.stop, self.next_position = samples, stop, 0
+
+    def take(self, positions: np.ndarray) -> list[tuple[str, Item]]:
+        """The samples at these positions, -1 left out; fewer where the stream ends before."""
+        taken: list[tuple[str, Item]] = []
+        for position in positions[positions >= 0].tolist():
+            if position < self.next_position:
+                raise ValueError(f"position {position} of a stream is behind {self.next_position}")
+            sample = None
+            while self.next_position <= position and not self.stop.is_set():
+                sample = next(self.samples, None)
+                if sample is None:
+                    return taken
+                self.next_position += 1
+            if sample is None:  # stopped
+                return taken
+            taken.append(sample)
+        return taken
+
+    def close(self) -> None:
+        if hasattr(self.samples, "close"):
+            self.samples.close()
+
+
+def _io_reason(error: OSError) -> str:
+    """Why a file cannot be read, without its path."""
+    if error.errno in _SHORTAGES:
+        raise RunError(
+            f"cannot open more files ({os.strerror(error.errno)}): use fewer --workers or raise ulimit -n"
+        ) from error
+    return f"cannot be read: {os.strerror(error.errno) if error.errno else error}"
+
+
+def pack(rows: Tensor, usable: np.ndarray) -> Tensor:
+    """The usable rows, moved together in place: pinned memory stays pinned."""
+    array = rows.numpy()
+    kept = np.flatnonzero(usable)
+    for to, row in enumerate(kept):
+        if to != row:
+            array[to] = array[row]
+    return rows[: len(kept)]
+
 
 @dataclass
 class Batch:
-    """A block of images in the order of the run.
+    """Center views of a block of images, in the order of the run.
 
-    positions: int64 (n,), ascending places in the order (not indices into the source).
+    positions: int64 (n,), ascending positions in the order (not indices into the source).
     keys: n names, unique within the source.
     usable: bool (n,); where False, `reasons` says why.
     reasons: n entries, None where usable.
@@ -54,7 +245,7 @@ class Batch:
     keys: list[str]
     usable: np.ndarray
     reasons: list[str | None]
-    views: dict[int, torch.Tensor]
+    views: dict[int, Tensor]
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -77,6 +268,24 @@ class Batch:
         return first, second
 
 
+class _Views:
+    """The memory of a Batch."""
+
+    def __init__(self, block: np.ndarray, sizes: Collection[int], pin_memory: bool) -> None:
+        self.positions = np.asarray(block, dtype=np.int64)
+        self.views = {
+            size: torch.empty((len(block), 3, size, size), dtype=torch.uint8, pin_memory=pin_memory)
+            for size in sorted(sizes)
+        }
+        # Written through numpy: a copy by torch would start a pool of OpenMP threads in each worker.
+        self.arrays = {size: view.numpy() for size, view in self.views.items()}
+
+    def write(self, row: int, image: Tensor | None) -> None:
+        if image is not None:
+            for size, array in self.arrays.items():
+                array[row] = center_view(image, size).numpy()
+
+
 def read_batches(
     source: Source,
     order: np.ndarray | None,
@@ -88,169 +297,24 @@ def read_batches(
     pin_memory: bool = False,
     prefetch: int = 2,
 ) -> Generator[Batch, None, None]:
-    """Batches of views for blocks of positions, one `Batch` a block, in order.
+    """Batches of center views for blocks of ascending positions, one `Batch` a block, in order.
 
-    order: int64 (count,), position -> index into the source; None for a source that cannot be
-        permuted, whose positions count along its stream, shuffled with `seed`. (None for another
-        source: its own order.)
-    blocks: arrays of ascending positions. At most `prefetch` of them are drawn ahead of the batch
-        that the caller holds, so that at most prefetch + 1 batches are in memory.
-    sizes: the sides of the views wanted; each image is decoded once for all of them.
-    workers: decoding threads.
+    Where a stream ends within a block, its batch is shorter and the last. An image that cannot be used is
+    in its batch, with the reason.
 
-    Where a stream ends within a block, its batch is shorter and the last; positions that a block
-    leaves out are read over but not decoded. An image that cannot be read or decoded is in its
-    batch, not usable, with the reason. Errors of `blocks`, of a stream and of the machine (memory,
-    file handles) are raised. Closing the generator stops the threads after the image at hand.
+    Args:
+        sizes: the sides of the views; each image is decoded once for all of them.
+        source, order, workers, seed, prefetch: see `fill_batches`.
     """
-    if order is None and source.permutable:
-        order = np.arange(source.count or 0)
-    stop = threading.Event()
-    cursor = None if order is not None else _StreamCursor(source.stream(seed), stop)
-    decoders = ThreadPoolExecutor(max(1, workers), thread_name_prefix="tokdiv-decode")
-    reader = ThreadPoolExecutor(1, thread_name_prefix="tokdiv-read")
-
-    def begin(block: np.ndarray) -> _PendingBatch:
-        positions = np.asarray(block, dtype=np.int64)
-        if order is not None:
-            indices = order[positions]
-            items = None
-        else:
-            assert cursor is not None
-            indices = None
-            items = reader.submit(cursor.take, positions)
-        pending = _PendingBatch(source, positions, indices, items, sizes, pin_memory, stop)
-        rows = iter(range(len(positions)))  # shared: each thread draws the next image not begun
-        pending.tasks = [
-            decoders.submit(pending.fill, rows) for _ in range(min(max(1, workers), len(positions)))
-        ]
-        return pending
-
-    waiting: deque[_PendingBatch] = deque()
-    blocks = iter(blocks)
-    try:
-        while True:
-            while len(waiting) < max(1, prefetch) and (block := next(blocks, None)) is not None:
-                waiting.append(begin(block))
-            if not waiting:
+    unfilled = (_Views(block, sizes, pin_memory) for block in blocks)
+    with contextlib.closing(
+        fill_batches(source, order, unfilled, workers=workers, seed=seed, prefetch=prefetch)
+    ) as batches:
+        for batch, keys, reasons in batches:
+            n = len(keys)
+            usable = np.array([reason is None for reason in reasons], dtype=bool)
+            if n or not len(batch.positions):
+                views = {size: pack(view, usable) for size, view in batch.views.items()}
+                yield Batch(batch.positions[:n], keys, usable, reasons, views)
+            if n < len(batch.positions):
                 return
-            pending = waiting.popleft()
-            batch, ended = pending.finish()
-            del pending
-            if len(batch) or not ended:
-                yield batch
-            del batch  # the caller's alone from here on
-            if ended:
-                return
-    finally:
-        stop.set()
-        decoders.shutdown(wait=True, cancel_futures=True)
-        reader.shutdown(wait=True, cancel_futures=True)
-        if cursor is not None:
-            cursor.close()
-
-
-class _StreamCursor:
-    """Walks a stream of (key, image) to ascending positions. Used by one thread."""
-
-    def __init__(self, samples: Iterator[tuple[str, Any]], stop: threading.Event) -> None:
-        self.samples, self.stop, self.next_position = samples, stop, 0
-
-    def take(self, positions: np.ndarray) -> list[tuple[str, Any]]:
-        """The samples at these positions; fewer where the stream ends before."""
-        taken: list[tuple[str, Any]] = []
-        for position in positions.tolist():
-            if position < self.next_position:
-                raise ValueError(f"position {position} of a stream is behind {self.next_position}")
-            sample = None
-            while self.next_position <= position and not self.stop.is_set():
-                sample = next(self.samples, None)
-                if sample is None:
-                    return taken
-                self.next_position += 1
-            if sample is None:  # stopped
-                return taken
-            taken.append(sample)
-        return taken
-
-    def close(self) -> None:
-        if hasattr(self.samples, "close"):
-            self.samples.close()
-
-
-class _PendingBatch:
-    """A batch that threads are filling."""
-
-    def __init__(
-        self,
-        source: Source,
-        positions: np.ndarray,
-        indices: np.ndarray | None,
-        items: "Future[list[tuple[str, Any]]] | None",
-        sizes: Collection[int],
-        pin_memory: bool,
-        stop: threading.Event,
-    ) -> None:
-        n = len(positions)
-        self.source, self.positions, self.indices, self.items = source, positions, indices, items
-        self.stop = stop
-        self.reasons: list[str | None] = [None] * n
-        self.views = {
-            size: torch.empty((n, 3, size, size), dtype=torch.uint8, pin_memory=pin_memory)
-            for size in sorted(sizes)
-        }
-        # Written through numpy: a copy by torch would start a pool of OpenMP threads in each worker.
-        self.arrays = {size: view.numpy() for size, view in self.views.items()}
-        self.tasks: list[Future[None]] = []
-
-    def fill(self, rows: Iterator[int]) -> None:
-        """Read, decode and write images until `rows` has no more."""
-        for row in rows:
-            if self.stop.is_set():
-                return
-            if self.items is not None and row >= len(self.items.result()):
-                return
-            try:
-                image = decode_image(self._read(row))
-                for size, array in self.arrays.items():
-                    array[row] = center_view(image, size).numpy()
-            except UnusableImage as unusable:
-                self.reasons[row] = unusable.reason
-            except OSError as error:
-                self.reasons[row] = _io_reason(error)
-
-    def _read(self, row: int) -> bytes | Image.Image:
-        if self.items is not None:
-            return self.items.result()[row][1]
-        assert self.indices is not None
-        return self.source.read(int(self.indices[row]))
-
-    def finish(self) -> tuple[Batch, bool]:
-        """Wait for the threads; the batch, and whether the stream ended in it."""
-        for task in self.tasks:
-            task.result()
-        n = len(self.positions)
-        if self.items is not None:
-            taken = self.items.result()
-            num_read, keys = len(taken), [key for key, _ in taken]
-        else:
-            assert self.indices is not None
-            num_read, keys = n, [self.source.key(int(index)) for index in self.indices]
-        reasons = self.reasons[:num_read]
-        usable = np.array([reason is None for reason in reasons], dtype=bool)
-        rows = np.flatnonzero(usable)
-        for array in self.arrays.values():
-            for to, row in enumerate(rows):  # close the gaps in place: pinned memory stays pinned
-                if to != row:
-                    array[to] = array[row]
-        views = {size: view[: len(rows)] for size, view in self.views.items()}
-        return Batch(self.positions[:num_read], keys, usable, reasons, views), num_read < n
-
-
-def _io_reason(error: OSError) -> str:
-    """Why a file cannot be read, without its path. A shortage of the machine is no fault of it."""
-    if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
-        raise RunError(
-            f"cannot open more files ({os.strerror(error.errno)}): use fewer --workers or raise ulimit -n"
-        ) from error
-    return f"cannot be read: {os.strerror(error.errno) if error.errno else error}"

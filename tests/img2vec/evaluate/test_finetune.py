@@ -10,10 +10,9 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 from img2vec.evaluate import finetune, knn, load_encoder
-from img2vec.evaluate.augment import TrainingBatch, randaugment
+from img2vec.evaluate.augment import TrainingBatch, TrainingStep
 from img2vec.evaluate.classifier import build_classifier, parameter_groups
 from img2vec.evaluate.settings import Recipe
 from img2vec.evaluate.supervised import accumulate_gradient, make_mixing
@@ -81,33 +80,42 @@ def test_what_is_no_whole_network_is_refused(pictures, spec):
         finetune(spec, *pictures, image_size=32, **FAST)
 
 
+def step_of(images, labels, micro_batch_size, num_images=None):
+    """A training step of one process."""
+    parts = list(zip(images.split(micro_batch_size), labels.split(micro_batch_size)))
+    batches = [TrainingBatch(view, target, torch.arange(len(view)), []) for view, target in parts]
+    return TrainingStep(0, 0, 1, num_images or len(images), len(batches), iter(batches))
+
+
 def test_small_forward_passes_add_up_to_the_gradient_of_the_whole_batch(tiny):
     network, _, _ = build_classifier(load_encoder(tiny, dtype="float32"), 6, drop_path=0.0)
     torch.nn.init.normal_(network.head.weight)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(6, 3, 32, 32, generator=generator)
     labels = torch.tensor([0, 1, 2, 3, 4, 5])
-    batch = TrainingBatch(0, 0, 1, images, labels, torch.arange(6), [])
     twin = copy.deepcopy(network)
     F.cross_entropy(twin(images), labels, label_smoothing=0.1).backward()
-    for micro_batch_size in (6, 4, 1):
+    expected_loss = F.cross_entropy(twin(images), labels, label_smoothing=0.1).item()
+    # With 8 images, two of which cannot be used, the mean is over the other six.
+    for micro_batch_size, batch_size in ((6, 6), (4, 6), (1, 6), (4, 8)):
         network.zero_grad()
-        parts = recipe(micro_batch_size=micro_batch_size)
-        loss = accumulate_gradient(network, batch, parts, None, current_processes())
+        step = step_of(images, labels, micro_batch_size, batch_size)
+        settings = recipe(batch_size=batch_size, micro_batch_size=micro_batch_size)
+        loss, skipped = accumulate_gradient(network, step, settings, None, current_processes())
         for mine, expected in zip(network.parameters(), twin.parameters()):
             torch.testing.assert_close(mine.grad, expected.grad, rtol=1e-4, atol=1e-6)
-        assert loss.item() == pytest.approx(
-            F.cross_entropy(twin(images), labels, label_smoothing=0.1).item(), rel=1e-5
-        )
+        assert loss.item() == pytest.approx(expected_loss, rel=1e-5)
+        assert skipped == []
 
 
 def test_a_batch_without_usable_images_moves_nothing(tiny):
     network, _, _ = build_classifier(load_encoder(tiny, dtype="float32"), 6, drop_path=0.0)
-    batch = TrainingBatch(
-        0, 0, 1, torch.empty(0, 3, 32, 32), torch.empty(0).long(), torch.empty(0).long(), [3]
-    )
-    loss = accumulate_gradient(network, batch, recipe(), None, current_processes())
+    nothing = torch.empty(0).long()
+    batch = TrainingBatch(torch.empty(0, 3, 32, 32), nothing, nothing, [3])
+    step = TrainingStep(0, 0, 1, 6, 1, iter([batch]))
+    loss, skipped = accumulate_gradient(network, step, recipe(), None, current_processes())
     assert loss == 0
+    assert skipped == [3]
     assert all(parameter.grad.abs().max() == 0 for parameter in network.parameters())
 
 
@@ -117,37 +125,6 @@ def test_mixing_keeps_smoothed_targets_of_total_one():
     torch.testing.assert_close(targets.sum(dim=1), torch.ones(4))
     assert targets.min().item() == pytest.approx(0.1 / 6)
     assert make_mixing(recipe(), 6) is None
-
-
-def pictures_transform(**changes):
-    options = {"auto_augment": "rand-m9-mstd0.5-inc1", "reprob": 0.25}
-    return randaugment(32, mean=(0.5,) * 3, std=(0.5,) * 3, **{**options, **changes})
-
-
-def test_training_pictures_are_augmented_as_the_recipe_says():
-    kinds = [type(step).__name__ for step in pictures_transform().transforms]
-    assert "RandAugment" in kinds
-    assert "RandomErasing" in kinds
-    assert any(kind.startswith("RandomResizedCrop") for kind in kinds)
-    plain = pictures_transform(auto_augment="", reprob=0.0).transforms
-    assert not {"RandAugment", "RandomErasing"} & {type(step).__name__ for step in plain}
-    with pytest.raises(UsageError, match="--auto-augment random: expected timm's notation"):
-        pictures_transform(auto_augment="random")
-
-
-def test_every_operation_takes_every_magnitude():
-    picture = Image.new("RGB", (40, 30), (200, 100, 50))
-    transform = pictures_transform()
-    operations = next(step for step in transform.transforms if hasattr(step, "ops")).ops
-    for operation in operations:
-        operation.prob, operation.magnitude_std = 1.0, 0
-        for magnitude in range(11):
-            operation.magnitude = magnitude
-            assert operation(picture).size == picture.size
-    posterize = next(one for one in operations if one.name.startswith("Posterize"))
-    assert posterize(picture).getpixel((0, 0)) == (0, 0, 0)  # magnitude 10 keeps no bit
-    posterize.magnitude = 5
-    assert posterize(picture).getpixel((0, 0)) == (192, 64, 0)  # and 5 keeps two
 
 
 def test_fine_tuning_learns_and_leaves_a_model_that_timm_loads(pictures, tiny, tmp_path):

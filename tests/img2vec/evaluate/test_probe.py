@@ -9,8 +9,6 @@ import torch
 from scipy.special import logsumexp
 
 from img2vec.evaluate import probe
-from img2vec.evaluate.augment import crop_and_flip, seeded, training_batches
-from img2vec.evaluate.labeled import open_labeled
 from img2vec.evaluate.logistic import logistic_regression
 from img2vec.evaluate.probe import accuracy, batchnorm_linear, make_lars
 from img2vec.evaluate.settings import warmup_note
@@ -104,50 +102,6 @@ def test_accuracy_counts_the_first_and_the_first_five():
     logits = torch.tensor([[9.0, 5, 4, 3, 2, 1], [1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1]])
     assert accuracy(logits, torch.tensor([0, 0, 4])) == {"top1": 1 / 3, "top5": 2 / 3}
     assert accuracy(logits[:, :4], torch.tensor([0, 0, 0])) == {"top1": 2 / 3}
-
-
-def test_augmentation_is_of_seed_epoch_and_place_alone(pictures):
-    train, _ = open_labeled(*pictures)
-
-    def images(seed, workers, batch_size, first_epoch=0):
-        found = {}
-        for batch in training_batches(
-            train,
-            crop_and_flip(32),
-            32,
-            batch_size=batch_size,
-            first_epoch=first_epoch,
-            epochs=2,
-            seed=seed,
-            workers=workers,
-        ):
-            for row, image in zip(batch.rows.tolist(), batch.images):
-                found[batch.epoch, row] = image
-        return found
-
-    before = torch.get_rng_state()
-    first, again = images(0, 0, 10), images(0, 2, 25)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert len(first) == 2 * 50 - 2  # one is damaged
-    assert all(torch.equal(first[key], again[key]) for key in first)
-    resumed = images(0, 0, 10, first_epoch=1)
-    assert all(torch.equal(first[key], image) for key, image in resumed.items())
-    row = next(row for epoch, row in first if epoch == 0)
-    assert not torch.equal(first[0, row], first[1, row])
-    assert not torch.equal(first[0, row], images(1, 0, 10)[0, row])
-
-
-def test_seeding_puts_the_generators_back():
-    import random
-
-    random.seed(1), np.random.seed(1), torch.manual_seed(1)  # noqa: NPY002
-    expected = random.random(), np.random.rand(), torch.rand(1)  # noqa: NPY002
-    random.seed(1), np.random.seed(1), torch.manual_seed(1)  # noqa: NPY002
-    with seeded(5):
-        inside = random.random(), np.random.rand(), torch.rand(1)  # noqa: NPY002
-    assert (random.random(), np.random.rand(), torch.rand(1)) == expected  # noqa: NPY002
-    with seeded(5):
-        assert (random.random(), np.random.rand(), torch.rand(1)) == inside  # noqa: NPY002
 
 
 def test_lbfgs_probe_classifies_and_reports_its_penalty_and_gradient(pictures, tiny, tmp_path):

@@ -219,7 +219,7 @@ def test_an_error_that_is_no_images_fault_is_raised():
         return png(index)
 
     source = Source("x", 100, "", key_of=str, reader=read)
-    with pytest.raises(MemoryError):
+    with pytest.raises(RunError, match="use fewer --workers"):
         list(read_batches(source, None, blocks(100, 10), {8}, workers=3))
 
 

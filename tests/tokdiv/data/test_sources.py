@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 import tokdiv.data.source
+import tokdiv.data.stream
 import tokdiv.data.tar
 from tokdiv.data.loader import permutation, read_batches
 from tokdiv.data.open import open_source
@@ -341,12 +342,12 @@ def test_a_stream_is_shuffled_whole_and_the_same_for_a_seed(shards):
 
 def test_the_buffer_is_bounded_by_images_and_by_bytes(shards, monkeypatch):
     source = open_source(f"wds/{shards}")
-    monkeypatch.setattr(tokdiv.data.source, "BUFFER_IMAGES", 20)
+    monkeypatch.setattr(tokdiv.data.stream, "BUFFER_IMAGES", 20)
     order = [key for key, _ in source.stream(0)]
     assert len(set(order)) == 200
     assert len({key[:3] for key in order[:30]}) == 1  # 30 drawn from the first 50 only
-    monkeypatch.setattr(tokdiv.data.source, "BUFFER_IMAGES", 10_000)
-    monkeypatch.setattr(tokdiv.data.source, "BUFFER_BYTES", 10 * len(png()))
+    monkeypatch.setattr(tokdiv.data.stream, "BUFFER_IMAGES", 10_000)
+    monkeypatch.setattr(tokdiv.data.stream, "BUFFER_BYTES", 10 * len(png()))
     order = [key for key, _ in source.stream(0)]
     assert len(set(order)) == 200
     assert len({key[:3] for key in order[:30]}) == 1
