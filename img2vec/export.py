@@ -70,7 +70,7 @@ def export_student(
         # No target trains the CLS token, and k-NN and probe use the mean patch token. The final norm stays
         # on the tokens, as in pretraining: timm's default with "avg" would be a new norm after pooling.
         arguments |= {"global_pool": "avg", "fc_norm": False}
-        model.reset_classifier(0, global_pool="avg")
+        model.reset_classifier(0, global_pool="avg")  # type: ignore[operator]
     load_strictly(model, state_dict, architecture)
     return save_model(
         model,

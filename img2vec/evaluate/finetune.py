@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +25,9 @@ from img2vec.evaluate.encoder import load_encoder
 from img2vec.evaluate.labeled import LabeledData, open_labeled
 from img2vec.evaluate.results import Results, describe_data
 from img2vec.evaluate.settings import FinetuneSettings, Recipe, peak_lr, warmup_note
-from img2vec.evaluate.supervised import make_mixing, measure_accuracy, train_step
+from img2vec.evaluate.supervised import make_mixing, measure_accuracy, rate_at, train_step
 from img2vec.export import save_model
+from tokdiv.data.source import storable
 from tokdiv.dist import (
     Interruption,
     Processes,
@@ -55,6 +57,18 @@ class Progress:
     history: list[dict[str, float]]
     unusable: list[int]
     num_val: int
+
+    def is_of(self, recipe: Recipe, train_data: LabeledData, val_data: LabeledData) -> bool:
+        """Whether a run with this recipe and data can be here; a checkpoint may hold anything."""
+        epochs = [entry["epoch"] for entry in self.history]
+        return (
+            epochs == list(range(len(epochs)))
+            and len(epochs) <= recipe.epochs
+            and all({"loss", "lr", "val_top1", "val_loss"} <= set(entry) for entry in self.history)
+            and all(type(v) in (int, float) for entry in self.history for v in entry.values())
+            and set(self.unusable) <= set(range(len(train_data)))
+            and 0 <= self.num_val <= len(val_data)
+        )
 
 
 def finetune(
@@ -115,7 +129,7 @@ def finetune(
         skipped = len(progress.unusable), len(val_data) - progress.num_val
         results = Results(
             task="finetune",
-            model=teacher.name,
+            model=storable(teacher.name),
             metrics={k[4:]: v for k, v in last.items() if k.startswith("val_")},
             settings=recorded,
             data=describe_data(train_data, val_data, *skipped),
@@ -133,7 +147,7 @@ def finetune(
                 std=std,
                 input_size=teacher.size,
                 description={"task": "finetune", "top1": results.metrics["top1"]},
-                label_names=train_data.classes,
+                label_names=[storable(name) for name in train_data.classes],
             )
             results.write(folder)
             (folder / CHECKPOINT).unlink(missing_ok=True)
@@ -180,7 +194,9 @@ def _train(
         fused=device.type == "cuda",
     )
     identity = _identity(teacher, train_data, val_data, recipe, group)
-    progress = _resume(folder, identity, network, optimizer)
+    progress = _resume(
+        folder, identity, network, optimizer, lambda p: p.is_of(recipe, train_data, val_data)
+    )
     if group.max(len(progress.history)) != -group.max(-len(progress.history)):
         raise UsageError(
             f"'{folder}' is not seen by all processes: -o must lie on a file system that they share"
@@ -240,7 +256,8 @@ def _train(
             accuracy, num_val = measure_accuracy(
                 network, val_data, teacher.mean.to(device), teacher.std.to(device), recipe, group
             )
-            entry = {"epoch": epoch, "loss": mean_loss, "lr": optimizer.param_groups[-1]["lr"]}
+            last_rate = rate_at(step.epoch + step.step / step.num_steps, recipe)
+            entry = {"epoch": epoch, "loss": mean_loss, "lr": last_rate}
             entry |= {f"val_{name}": value for name, value in accuracy.items()}
             found = group.gather_rows(torch.tensor(sorted(unusable), dtype=torch.int64))
             progress = Progress([*progress.history, entry], sorted(set(found.tolist())), num_val)
@@ -277,7 +294,11 @@ def _identity(
 
 
 def _resume(
-    folder: Path | None, identity: str, network: nn.Module, optimizer: torch.optim.Optimizer
+    folder: Path | None,
+    identity: str,
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    is_possible: Callable[[Progress], bool],
 ) -> Progress:
     """Load the checkpoint of the same run, where there is one. Another run's is an error, never overwritten."""
     path = None if folder is None else folder / CHECKPOINT
@@ -286,10 +307,16 @@ def _resume(
     remedy = "delete it to start anew, or give another folder with -o"
     try:
         state = read_checkpoint(path, KIND)
-        same = state.get("identity") == identity
-        if same:
-            load_training_state(network, optimizer, state, path)
-            return Progress(**state["progress"])
+        if state.get("identity") != identity:
+            raise UsageError(f"'{path}' is of a fine-tuning with other settings")
+        progress = Progress(**state["progress"])
+        if not is_possible(progress):
+            raise ValueError
+        load_training_state(network, optimizer, state, path)
     except UsageError as error:
         raise UsageError(f"{error}; {remedy}") from None
-    raise UsageError(f"'{path}' is of a fine-tuning with other settings: {remedy}")
+    except (TypeError, ValueError, KeyError):
+        raise UsageError(
+            f"'{path}' is damaged: its progress is not that of a run; {remedy}"
+        ) from None
+    return progress

@@ -13,6 +13,7 @@ from img2vec.evaluate.features import extract_features, float64_device
 from img2vec.evaluate.labeled import open_labeled
 from img2vec.evaluate.results import Results, describe_data
 from img2vec.evaluate.settings import KnnSettings
+from tokdiv.data.source import storable
 from tokdiv.dist import current_processes
 from tokdiv.errors import UsageError
 from tokdiv.teachers.teacher import Teacher
@@ -89,7 +90,7 @@ def knn(
         )
     results = Results(
         task="knn",
-        model=encoder.name,
+        model=storable(encoder.name),
         metrics=metrics,
         settings={
             "k": used,

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from img2vec.evaluate.augment import crop_and_flip, training_steps
+from img2vec.evaluate.augment import TrainingStep, crop_and_flip, training_steps
 from img2vec.evaluate.encoder import load_encoder
 from img2vec.evaluate.features import (
     Features,
@@ -21,6 +21,7 @@ from img2vec.evaluate.logistic import fit_logistic
 from img2vec.evaluate.results import Results, describe_data
 from img2vec.evaluate.settings import ProbeSettings, peak_lr, warmup_note
 from img2vec.optim import learning_rate
+from tokdiv.data.source import storable
 from tokdiv.dist import Processes, current_processes, default_workers
 from tokdiv.errors import RunError
 from tokdiv.progress import progress_bar
@@ -84,7 +85,7 @@ def probe(
     fitted = fit(encoder, train_data, settings, group)
     results = Results(
         task="probe",
-        model=encoder.name,
+        model=storable(encoder.name),
         metrics=accuracy(_logits(fitted.classifier, queries.features), queries.labels),
         settings={
             "solver": settings.solver,
@@ -170,7 +171,6 @@ def _fit_lars(
     unusable: set[int] = set()
     losses: list[Tensor] = []
     history: list[dict[str, float]] = []
-    num_steps = len(data) // batch_size
     steps = training_steps(
         data,
         crop_and_flip(encoder.size),
@@ -183,30 +183,23 @@ def _fit_lars(
     )
     bar = progress_bar(
         steps,
-        total=settings.epochs * num_steps,
+        total=settings.epochs * (len(data) // batch_size),
         desc="probe",
         unit="step",
         show=group.rank == 0,
     )
     for step in bar:
-        parts = [torch.empty(0, encoder.dim, device=group.device)]
-        indices = [torch.empty(0, dtype=torch.int64)]
-        for batch in step.batches:
-            if len(batch.images):
-                with enough_memory("--encode-batch-size", settings.encode_batch_size):
-                    images = batch.images.to(group.device, non_blocking=True)
-                    parts.append(encoder(images).float().mean(dim=1))
-            indices.append(batch.indices)
-            unusable.update(batch.skipped)
-        positions = group.gather_rows(torch.cat(indices))
-        features = group.gather_rows(torch.cat(parts)).to(group.device)
-        if len(positions) < 2:
+        features, indices, skipped = _encode(encoder, step, settings)
+        unusable.update(skipped)
+        indices = group.gather_rows(indices)
+        features = group.gather_rows(features).to(group.device)
+        if len(indices) < 2:
             raise RunError(
-                f"'{data.source.name}': a batch of {batch_size} had {len(positions)} usable images: too many "
-                f"are damaged, or the batch is too small"
+                f"'{data.source.name}': a batch of {batch_size} had {len(indices)} usable images: too many are "
+                f"damaged, or the batch is too small"
             )
-        order = positions.argsort()  # the same sums for any number of processes
-        labels = torch.from_numpy(data.labels)[positions[order]].to(group.device)
+        order = indices.argsort()  # the same sums for any number of processes
+        labels = torch.from_numpy(data.labels)[indices[order]].to(group.device)
         epoch = step.epoch + step.step / step.num_steps
         for parameters in optimizer.param_groups:
             parameters["lr"] = learning_rate(epoch, settings.epochs, settings.warmup_epochs, peak)
@@ -231,6 +224,24 @@ def _fit_lars(
     }
     notes = _lars_notes(settings, batch_size, peak, len(data))
     return Fit(classifier, len(gone.unique()), used, notes, history)
+
+
+def _encode(
+    encoder: Teacher, step: TrainingStep, settings: ProbeSettings
+) -> tuple[Tensor, Tensor, list[int]]:
+    """Features (n, C), indices (n,) of this process's usable images, and the indices of unusable ones."""
+    device = encoder.mean.device
+    features = [torch.empty(0, encoder.dim, device=device)]
+    indices = [torch.empty(0, dtype=torch.int64)]
+    skipped: list[int] = []
+    for batch in step.batches:
+        if len(batch.images):
+            with enough_memory("--encode-batch-size", settings.encode_batch_size):
+                images = batch.images.to(device, non_blocking=True)
+                features.append(encoder(images).float().mean(dim=1))
+        indices.append(batch.indices)
+        skipped += batch.skipped
+    return torch.cat(features), torch.cat(indices), skipped
 
 
 def batchnorm_linear(dim: int, num_classes: int, seed: int) -> nn.Sequential:

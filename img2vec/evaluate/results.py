@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tokdiv.data.source import storable
 from tokdiv.run_dir import write_atomic, write_error
 
 SCHEMA = 1
@@ -18,7 +19,7 @@ class Results:
 
     Attributes:
         task: "knn", "probe" or "finetune".
-        model: as it was given.
+        model: as it was given; bytes that are not UTF-8 are escaped.
         metrics: accuracies in [0, 1] (top1, top5; of k-NN top1_k20 and so on), and the task's other metrics.
         settings: the settings as they were used.
         data: train and val: name, fingerprint, images used and skipped; number of classes.
@@ -77,7 +78,7 @@ def describe_data(train: Any, val: Any, train_skipped: int, val_skipped: int) ->
 
     def side(data: Any, skipped: int) -> dict[str, Any]:
         return {
-            "name": data.source.name,
+            "name": storable(data.source.name),
             "fingerprint": data.source.fingerprint,
             "images": len(data) - skipped,
             "skipped": skipped,

@@ -24,15 +24,8 @@ def train_step(
     mixing: Any,
     group: Processes,
 ) -> tuple[Tensor, list[int]]:
-    """One optimizer step.
-
-    Returns:
-        The mean loss of this process's usable images, on the device, and the indices of unusable ones.
-    """
-    epoch = step.epoch + step.step / step.num_steps
-    rate = learning_rate(
-        epoch, recipe.epochs, recipe.warmup_epochs, recipe.lr, lowest=recipe.min_lr
-    )
+    """One optimizer step; returns what `accumulate_gradient` does."""
+    rate = rate_at(step.epoch + step.step / step.num_steps, recipe)
     for parameters in optimizer.param_groups:
         parameters["lr"] = rate * parameters.get("lr_scale", 1.0)
     model.train()
@@ -42,22 +35,22 @@ def train_step(
     return loss, skipped
 
 
+def rate_at(epoch: float, recipe: Recipe) -> float:
+    """The learning rate of the last layer at an epoch and its fraction."""
+    return learning_rate(epoch, recipe.epochs, recipe.warmup_epochs, recipe.lr, recipe.min_lr)
+
+
 def accumulate_gradient(
-    model: nn.Module,
-    step: TrainingStep,
-    recipe: Recipe,
-    mixing: Any,
-    group: Processes,
+    model: nn.Module, step: TrainingStep, recipe: Recipe, mixing: Any, group: Processes
 ) -> tuple[Tensor, list[int]]:
-    """Add the gradient of a step: that of the mean loss over the usable images of all processes.
+    """Add the gradient of the mean loss over a step's usable images, of all processes.
 
     Returns:
-        As `train_step`.
+        The mean loss of this process's usable images, on the device, and the indices of unusable images.
     """
-    device = group.device
+    device, size = group.device, recipe.image_size
     total = torch.zeros((), device=device)
-    num_usable = 0
-    skipped: list[int] = []
+    num_usable, skipped = 0, []
     for number, batch in enumerate(step.batches):
         view, target = batch.images, batch.labels
         num_usable += len(view)
@@ -65,7 +58,6 @@ def accumulate_gradient(
         weight = len(view) / step.num_images
         if not len(view):
             # Every process must exchange gradients: black images with weight 0.
-            size = recipe.image_size
             view, target = torch.zeros(2, 3, size, size), torch.zeros(2, dtype=torch.int64)
         view, target = view.to(device, non_blocking=True), target.to(device, non_blocking=True)
         smoothing = recipe.smoothing
@@ -87,11 +79,11 @@ def accumulate_gradient(
             loss.backward()
         total += loss.detach()
     # So far, unusable images counted as images without a loss.
-    everywhere = float(group.sum(torch.tensor(float(num_usable))))
-    if 0 < everywhere < recipe.batch_size:
+    total_usable = float(group.sum(torch.tensor(float(num_usable))))
+    if 0 < total_usable < recipe.batch_size:
         for parameter in model.parameters():
             if parameter.grad is not None:
-                parameter.grad.mul_(recipe.batch_size / everywhere)
+                parameter.grad.mul_(recipe.batch_size / total_usable)
     return total * (step.num_images / max(1, num_usable)), skipped
 
 

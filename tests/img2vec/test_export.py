@@ -1,5 +1,7 @@
 """The export: what timm reads back is the student, or nothing is left behind."""
 
+import dataclasses
+import errno
 import json
 import os
 from pathlib import Path
@@ -9,8 +11,13 @@ import pytest
 import safetensors
 import timm
 import torch
+from small import SMALL, make_model
 
+from img2vec.checkpoint import KIND, Progress, write_checkpoint
+from img2vec.config import make_config
+from img2vec.evaluate import load_encoder
 from img2vec.export import WEIGHTS, export, export_student, read_student
+from tokdiv import run_dir
 from tokdiv.errors import RunError, UsageError
 
 ARCHITECTURE = "vit_tiny_patch16_224"
@@ -62,8 +69,6 @@ def test_timm_loads_the_folder_with_the_same_tokens_to_the_bit(tmp_path, images)
 @pytest.mark.parametrize("more", [{}, {"global_pool": "avg"}, {"fc_norm": False}])
 @pytest.mark.parametrize("num_classes", [0, 10])
 def test_its_feature_is_the_mean_patch_token_as_in_k_nn(tmp_path, images, more, num_classes):
-    from img2vec.evaluate import load_encoder
-
     model = student()
     torch.nn.init.normal_(model.norm.bias)
     out = write(model, tmp_path / "student")
@@ -171,6 +176,26 @@ def test_exporting_again_replaces_the_folder(tmp_path, images):
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
 
 
+def test_a_full_disk_is_named_and_leaves_the_older_export_in_place(tmp_path, images, monkeypatch):
+    good = student()
+    out = write(good, tmp_path / "student")
+
+    def full(self, data):
+        self.error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise self.error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_dir._Watched, "write", full)
+        with pytest.raises(RunError, match=r"cannot write '.*': the disk is full.*free some space"):
+            write(student(), out)
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]
+    loaded = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    assert torch.equal(loaded(images), features(good, images))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=r"cannot write '.*file/student': Not a directory"):
+        write(good, tmp_path / "file" / "student")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -246,6 +271,77 @@ def test_export_names_a_source_that_holds_no_student(tmp_path):
     with pytest.raises(UsageError, match="no such file or folder; expected OUT"):
         export(tmp_path / "none", tmp_path / "s")
     folder = write(student(), tmp_path / "student")
-    (folder / "config.json").write_text("{}")
-    with pytest.raises(UsageError, match="is no timm configuration"):
-        export(folder, tmp_path / "s")
+    nested = "[" * 10**5 + "]" * 10**5
+    for text in ("{}", "[]", "{", nested, '{"architecture": ' + nested + "}", "\xff"):
+        (folder / "config.json").write_bytes(text.encode("latin-1"))
+        with pytest.raises(UsageError, match="is no timm configuration") as error:
+            export(folder, tmp_path / "s")
+        assert "\n" not in str(error.value)
+
+
+def checkpoint_with(arguments: dict) -> dict:
+    """The content of a pretraining checkpoint whose student has further arguments."""
+    config = make_config(options=SMALL).to_dict()
+    config["student_args"] = {"depth": 2, **arguments}
+    progress = dataclasses.asdict(Progress())
+    parts = {"config": config, "teacher": {"name": "small"}, "data": {}, "progress": progress}
+    return {"model": make_model().state_dict(), "optimizer": {}, **parts}
+
+
+def test_a_checkpoint_is_a_student_for_export_and_evaluation(tmp_path):
+    source = tmp_path / "step-00000001.pt"
+    content = checkpoint_with({})
+    write_checkpoint(source, KIND, content)
+    out = export(source, tmp_path / "copy")
+    loaded = timm.create_model(f"local-dir:{out}", pretrained=True)
+    weight = content["model"]["encoder.blocks.1.mlp.fc1.weight"]
+    assert torch.equal(loaded.blocks[1].mlp.fc1.weight, weight)
+    encoder = load_encoder(source, device="cpu", dtype="float32")
+    assert torch.equal(encoder.module.blocks[1].mlp.fc1.weight, weight)
+    assert encoder.size == 64
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"checkpoint_path": "FILE"},
+        {"pretrained_cfg": {"file": "FILE"}},
+        {"pretrained_cfg_overlay": {"file": "FILE"}},
+        {"pretrained": True},
+        {"pretrained_strict": False},
+        {"cache_dir": "FILE"},
+        {"scriptable": True},
+        {"features_only": True},
+        {"act_layer": "os"},
+        {"norm_layer": "torch.load"},
+        {"block_fn": "FILE"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("route", ["config.json", "checkpoint"])
+def test_arguments_that_load_files_are_refused_wherever_they_are_stored(tmp_path, arguments, route):
+    """FILE is a pickle that would leave a mark."""
+
+    class Attack:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "executed",)
+
+    torch.save({"state_dict": Attack()}, tmp_path / "attack.pth")
+    text = json.dumps(arguments).replace("FILE", str(tmp_path / "attack.pth"))
+    source = write(student(), tmp_path / "student")
+    if route == "config.json":
+        config = json.loads((source / "config.json").read_text())
+        config["model_args"] |= json.loads(text)
+        (source / "config.json").write_text(json.dumps(config))
+    else:
+        source = tmp_path / "step-00000001.pt"
+        write_checkpoint(source, KIND, checkpoint_with(json.loads(text)))
+    for use in (
+        lambda: export(source, tmp_path / "copy"),
+        lambda: load_encoder(str(source), device="cpu"),
+    ):
+        with pytest.raises(UsageError) as error:
+            use()
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "executed").exists()
+    assert not (tmp_path / "copy").exists()

@@ -100,8 +100,8 @@ def test_small_forward_passes_add_up_to_the_gradient_of_the_whole_batch(tiny):
     for micro_batch_size, batch_size in ((6, 6), (4, 6), (1, 6), (4, 8)):
         network.zero_grad()
         step = step_of(images, labels, micro_batch_size, batch_size)
-        parts = recipe(micro_batch_size=micro_batch_size, batch_size=batch_size)
-        loss, skipped = accumulate_gradient(network, step, parts, None, current_processes())
+        settings = recipe(batch_size=batch_size, micro_batch_size=micro_batch_size)
+        loss, skipped = accumulate_gradient(network, step, settings, None, current_processes())
         for mine, expected in zip(network.parameters(), twin.parameters()):
             torch.testing.assert_close(mine.grad, expected.grad, rtol=1e-4, atol=1e-6)
         assert loss.item() == pytest.approx(expected_loss, rel=1e-5)
