@@ -33,6 +33,7 @@ from tokdiv.report.evidence import trace_evidence
 from tokdiv.report.page import MAX_SKIPPED, given_command, read_skipped, render
 from tokdiv.report.scores import read_scores
 from tokdiv.teachers.spec import TeacherSpec
+from tokdiv.text import printable
 
 TINY: dict[str, Any] = {"workers": 2, "dtype": "float32", "device": "cpu", "image_size": SIZE}
 COUNT = 200
@@ -296,6 +297,19 @@ class TestOddRuns:
         assert key.replace("\x07", r"\x07") in page.text
         assert "<b>broken</b>.png" in page.text
         assert "b" not in page.counts and "script" not in page.counts
+
+    def test_what_cannot_be_shown_is_spelled_out(self, run: Path, tmp_path: Path) -> None:
+        # Every control character, bytes that are no UTF-8, an override of the direction of text.
+        hostile = "".join(map(chr, [*range(0x20), *range(0x7F, 0xA0), 0xDCFF, 0xD800, 0x202E]))
+        copy = shutil.copytree(run, tmp_path / "RUN")
+        ranking = tokdiv.load_ranking(copy)
+        ranking.data["source"] = hostile
+        (copy / "skipped.csv").write_bytes(b"key,reason\na\xff\x07.png,torn\n")
+        write_report(copy, ranking)
+        html = (copy / "report.html").read_text(encoding="utf-8")
+        assert printable(html) == html
+        assert r"\x00\x01" in html and r"\x9f\xff\ud800\u202e" in html
+        assert r"a\xff\x07.png" in html
 
     def test_dropped_teachers_have_no_scores_later_on(self, tmp_path: Path) -> None:
         count = 1200
