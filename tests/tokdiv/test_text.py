@@ -83,7 +83,7 @@ def test_figures_with_hostile_names_are_valid_and_show_the_name(name: str, tmp_p
         root = ElementTree.parse(path).getroot()
         assert not [element for element in root.iter() if element.tag.endswith("script")]
         assert "onload" not in {
-            attribute for element in root.iter() for attribute in element.keys()
+            attribute for element in root.iter() for attribute in element.attrib
         }
 
 
