@@ -57,8 +57,7 @@ from tokdiv.data.loader import Source
 from tokdiv.data.open import open_source
 from tokdiv.dist import Processes, choose_dtype, processes
 from tokdiv.errors import RunError, SharedError, UsageError
-from tokdiv.ranking import versions
-from tokdiv.run_dir import write_atomic
+from tokdiv.run_dir import versions, write_atomic
 from tokdiv.similarity import token_similarity
 from tokdiv.teachers.load import load_teacher
 from tokdiv.teachers.spec import TeacherSpec
@@ -514,7 +513,7 @@ def _winner(path: Path, say: Callable[[str], None]) -> TeacherSpec:
         )
     say(f"teacher: {best.name}, the winner of {path}")
     if len(ranking.teachers) > 1 and not ranking.certified:
-        if ranking.certificate["best_certified"]:
+        if ranking.best_certified:
             say(
                 "remark: this ranking's winner is certified, the order of its other teachers is not"
             )

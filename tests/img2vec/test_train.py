@@ -412,7 +412,7 @@ def test_a_ranking_means_its_winner_with_a_remark_where_it_is_not_certified(
         assert "not certified" in said
         assert "hog and pixels are tied" in said
     assert len(asked) == 2
-    Found.certificate = {"best_certified": True}
+    Found.best_certified = True
     _pretrain(photos, tmp_path / "run2", ranked, max_steps=1)
     assert "winner is certified, the order of its other teachers is not" in capfd.readouterr().err
     with pytest.raises(UsageError, match=r"a folder without ranking.json"):
