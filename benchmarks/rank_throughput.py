@@ -24,7 +24,7 @@ from obvious_script import mean_similarities
 from torch.utils.flop_counter import FlopCounterMode
 
 import tokdiv
-import tokdiv.measure
+import tokdiv.judge
 from tokdiv.data.decode import center_view, decode_image
 from tokdiv.dist import choose_device, choose_dtype
 from tokdiv.memory import freed_memory_kept
@@ -59,7 +59,7 @@ def main() -> None:
     num_images = arguments.num_images or (4096 if gpu else 32)
     script_images = arguments.script_images or num_images // 4
     dtype = choose_dtype("auto", device)
-    tokdiv.measure.MEAN_IMAGES = 2  # so that the centred similarity is computed, as in a long run
+    tokdiv.judge.MEAN_IMAGES = 2  # so that the centred similarity is computed, as in a long run
 
     teachers = [
         tokdiv.load_teacher(f"{name}=timm:{arch}@random:seed={n}", device=device, dtype=dtype)

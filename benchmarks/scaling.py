@@ -22,9 +22,10 @@ import numpy as np
 import torch
 
 import tokdiv
+from tokdiv.config import Settings
 from tokdiv.data.source import Source
 from tokdiv.dist import processes
-from tokdiv.measure import Settings, _Judge, _Plan, _Step
+from tokdiv.judge import Judge, Plan, Share
 from tokdiv.ranking import make_ranking
 from tokdiv.scores import MEASURES, ScoreTable
 from tokdiv.similarity import token_similarity
@@ -122,15 +123,13 @@ def simulate(count: int) -> None:
     settings = Settings(certify="none", batch_size=64)
     with tempfile.TemporaryDirectory() as folder:
         table = ScoreTable([t.name for t in teachers], source.key, Path(folder))
-        judge = _Judge(table, teachers, source, settings)
+        judge = Judge(table, teachers, source, settings)
         generator = np.random.default_rng(0)
         while plan := judge.plan():
             start = plan.start
             while start < plan.stop:
                 stop = min(start + 4096, plan.stop)
-                verdict = judge.judge(
-                    [simulated_step(generator, plan, start, stop)], plan, start, stop
-                )
+                verdict = judge.take([simulated_share(generator, plan, start, stop)], plan)
                 start = stop
                 if verdict.replan:
                     break
@@ -143,7 +142,8 @@ def simulate(count: int) -> None:
             dict.fromkeys(table.teachers, "float32"),
             {},
         )
-        ranking.write(Path(folder), table)
+        table.write_results(Path(folder), [teacher.name for teacher in ranking.teachers])
+        ranking.write(Path(folder))
     print(peak_memory())
 
 
@@ -161,17 +161,17 @@ def simulated_source(count: int) -> Source:
     return Source("simulated", count, "simulated", key_of="{:08d}.jpg".format)
 
 
-def simulated_step(generator: np.random.Generator, plan: _Plan, start: int, stop: int) -> _Step:
+def simulated_share(generator: np.random.Generator, plan: Plan, start: int, stop: int) -> Share:
     """Scores as real networks give them: means 0.01 apart, sd 0.08."""
-    shape = (stop - start, len(plan.active), len(MEASURES))
-    means = 0.3 + 0.01 * np.array(plan.active)[None, :, None]
+    shape = (stop - start, len(plan.columns), len(MEASURES))
+    means = 0.3 + 0.01 * np.array(plan.columns)[None, :, None]
     scores = generator.normal(means, 0.08, shape).clip(-0.3, 1).astype(np.float32)
     tokens = (
-        [np.zeros((stop - start, 4), np.float32) for _ in plan.active] if not plan.means else []
+        [np.zeros((stop - start, 4), np.float32) for _ in plan.columns] if not plan.means else []
     )
     positions = np.arange(start, stop)
     keys = [f"{n:08d}.jpg" for n in positions]
-    return _Step(positions, keys, [None] * len(positions), scores, tokens, 0)
+    return Share(start, stop, positions, keys, [None] * len(positions), scores, tokens, 0)
 
 
 def main() -> None:

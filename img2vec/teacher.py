@@ -73,7 +73,7 @@ def _winner(path: Path) -> TeacherSpec:
         )
     log.info("teacher: %s, the winner of %s", best.name, path)
     if len(ranking.teachers) > 1 and not ranking.certified:
-        if ranking.certificate["best_certified"]:
+        if ranking.best_certified:
             log.info("this ranking's winner is certified, the order of its other teachers is not")
         else:
             log.warning("this ranking is not certified: the order of its teachers may be chance")

@@ -410,7 +410,7 @@ def test_a_ranking_means_its_winner_with_a_remark_where_it_is_not_certified(
         assert "hog and pixels are tied" in caplog.text
         caplog.clear()
     assert len(asked) == 2
-    Found.certificate = {"best_certified": True}
+    Found.best_certified = True
     _pretrain(photos, tmp_path / "run2", ranked, max_steps=1)
     assert "winner is certified, the order of its other teachers is not" in caplog.text
     with pytest.raises(UsageError, match=r"a folder without ranking.json"):
