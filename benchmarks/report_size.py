@@ -1,10 +1,10 @@
-"""How long the report of a large ranking takes, and how large the page is.
+"""Time and size of the report of a large ranking.
 
     python benchmarks/report_size.py [--num-images 1280000] [--num-teachers 10]
 
-A RUN of drawn scores, without images behind it: what is timed is `tokdiv report RUN` less the similarity maps,
-which are three images whatever the size of the ranking. CPU seconds are given beside those of the clock, as other
-work on the machine does not count in them.
+A RUN of simulated scores, without images: `tokdiv report RUN` is timed without the similarity maps, which show
+three images whatever the size of the ranking. CPU seconds are given as well, as other work on the machine does not
+count in them.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""How long the command line takes to answer, and to the first scored image of a cached ResNet-50.
+"""Time until the command line answers, and until the first scored image of a cached ResNet-50.
 
     python benchmarks/start_up.py
 
