@@ -1,12 +1,10 @@
-"""A run's curves and token maps as figures, in the style of tokdiv's."""
+"""Figures of a pretraining: its curves, and what teacher and student make of a few images."""
 
 import json
-from collections.abc import Callable, Sequence
-from functools import wraps
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -14,40 +12,28 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
-from tokdiv.figures.style import PALETTE, STYLE, save_figure
+from tokdiv.figures.style import INK, PALETTE, save_figure, styled
 
 Lines = Sequence[dict[str, Any]]  # of metrics.jsonl
-Parameters = ParamSpec("Parameters")
 
-POINTS = 400  # at most so many points of a curve: more cannot be told apart at a page's width
-# Told apart by their dashes too.
+MAX_POINTS = 400  # per curve: more cannot be told apart at a page's width
+# Key in metrics.jsonl -> label, color, dashes.
 LOSSES: dict[str, tuple[str, str, Any]] = {
-    "loss": ("loss", "#222222", "-"),
+    "loss": ("loss", INK, "-"),
     "patch_loss": ("patch loss", PALETTE[0], (0, (5, 1.5))),
     "global_loss": ("global loss", PALETTE[1], (0, (1.5, 1.2))),
 }
-HIDDEN, VISIBLE = (
-    0.72,
-    1.0,
-)  # the gray of what the student does not see, the white of what it need not predict
-
-
-def _styled(draw: Callable[Parameters, Figure]) -> Callable[Parameters, Figure]:
-    @wraps(draw)
-    def wrapper(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Figure:
-        with mpl.rc_context(STYLE):
-            return draw(*args, **kwargs)
-
-    return wrapper
+MASKED_GRAY = 0.72  # in place of what the student does not see
+NO_PREDICTION = 1.0  # white, where the student saw the image
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; one that was cut in writing is left out."""
+    """The lines of metrics.jsonl; a line cut short by a crash is left out."""
     lines = []
     for text in path.read_text(encoding="utf-8").splitlines():
         try:
             line = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(line, dict) and "step" in line:
             lines.append(line)
@@ -55,27 +41,24 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def plot_loss(metrics: Path, path: Path) -> None:
-    """Draw `metrics.jsonl` into a file: the losses, and where measured the k-NN accuracy, over the steps.
-
-    The file appears whole or not at all. Without a finite loss nothing is drawn.
-    """
+    """Draw metrics.jsonl into a file with `loss_figure`; without a finite loss nothing is drawn."""
     lines = read_metrics(metrics)
     if any(line.get("loss") is not None for line in lines):
         save_figure(loss_figure(lines), path)
 
 
-@_styled
+@styled
 def loss_figure(lines: Lines, width: float = 6.5) -> Figure:
-    """The losses over the steps, and below them, where it was measured, the k-NN accuracy.
+    """The losses over the steps, and below them the k-NN accuracy where it was measured.
 
     Args:
         lines: of metrics.jsonl. width: inches.
     """
-    measured = _series(lines, "knn_accuracy")
-    figure = Figure(figsize=(width, 4.4 if len(measured[0]) else 3.0), layout="constrained")
-    if len(measured[0]):
+    steps, accuracies = _series(lines, "knn_accuracy")
+    figure = Figure(figsize=(width, 4.4 if len(steps) else 3.0), layout="constrained")
+    if len(steps):
         axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(2.2, 1))
-        _draw_accuracy(below, *measured)
+        _draw_accuracy(below, steps, accuracies)
     else:
         axes = below = figure.add_subplot()
     _draw_losses(axes, lines)
@@ -84,23 +67,22 @@ def loss_figure(lines: Lines, width: float = 6.5) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def watch_figure(lines: Lines, width: float = 6.5) -> Figure:
-    """The learning rate, the throughput, and the similarity of the student's own tokens, over the steps.
+    """The learning rate, the throughput, and the similarity of the student's own tokens over the steps.
 
     Args:
         lines: of metrics.jsonl. width: inches.
     """
     similarity = _series(lines, "token_similarity")
-    rows = 2 + bool(len(similarity[0]))
+    rows = 3 if len(similarity[0]) else 2
     figure = Figure(figsize=(width, 0.5 + 1.35 * rows), layout="constrained")
     panels = figure.subplots(rows, 1, sharex=True)
     _curve(panels[0], *_series(lines, "lr"), PALETTE[0], "-")
     panels[0].set_ylabel("learning rate")
     panels[0].set_ylim(bottom=0)
     panels[0].ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
-    steps, values = _series(lines, "images_per_second")
-    _curve(panels[1], steps, values, PALETTE[2], "-")
+    _curve(panels[1], *_series(lines, "images_per_second"), PALETTE[2], "-")
     panels[1].set_ylabel("images/s")
     panels[1].set_ylim(bottom=0)
     if rows == 3:
@@ -113,13 +95,13 @@ def watch_figure(lines: Lines, width: float = 6.5) -> Figure:
         panels[2].set_ylim(min(0.0, 1.1 * float(similarity[1].min())), 1.06)
         panels[2].set_ylabel("token similarity")
     for axes in panels:
-        _grid(axes)
+        _add_grid(axes)
     panels[-1].set_xlabel("step")
     figure.align_ylabels()
     return figure
 
 
-@_styled
+@styled
 def predictions_figure(
     views: NDArray[np.uint8],
     seen: NDArray[np.bool_],
@@ -127,7 +109,7 @@ def predictions_figure(
     predictions: NDArray[Any],
     width: float = 6.5,
 ) -> Figure:
-    """A row an image: the view, what the student saw of it, the teacher's tokens, the predicted ones.
+    """A row per image: the view, what the student saw of it, the teacher's tokens, the predicted ones.
 
     Args:
         views: uint8 (n, S, S, 3).
@@ -139,19 +121,18 @@ def predictions_figure(
     titles = ["image", "what the student sees", "teacher's tokens", "predicted tokens"]
     if width < 5:
         titles = ["image", "seen", "teacher's\ntokens", "predicted\ntokens"]
-    side = width / 4
-    height = side * len(views) + (0.4 if width < 5 else 0.3)
+    height = width / 4 * len(views) + (0.4 if width < 5 else 0.3)
     tight = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)
     figure = Figure(figsize=(width, height), layout=tight)
     panels = figure.subplots(len(views), 4, squeeze=False)
     for row, (view, mask, target, prediction) in enumerate(zip(views, seen, targets, predictions)):
-        cell = len(view) // len(mask)
-        shown = np.kron(mask, np.ones((cell, cell), dtype=bool))[..., None]
+        unit = len(view) // len(mask)
+        shown = np.kron(mask, np.ones((unit, unit), dtype=bool))[..., None]
         pictures = [
             view,
-            np.where(shown, view / 255, HIDDEN),
+            np.where(shown, view / 255, MASKED_GRAY),
             target,
-            np.where(np.isnan(prediction), VISIBLE, prediction),
+            np.where(np.isnan(prediction), NO_PREDICTION, prediction),
         ]
         for axes, picture in zip(panels[row], pictures):
             axes.imshow(picture, interpolation="nearest", extent=(0, 1, 0, 1))
@@ -175,7 +156,7 @@ def _draw_losses(axes: Axes, lines: Lines) -> None:
     if axes.get_legend_handles_labels()[1]:
         axes.legend(loc="upper right", ncols=3)
         axes.set_ylim(top=1.12 * axes.get_ylim()[1])  # room for the legend
-    _grid(axes)
+    _add_grid(axes)
 
 
 def _draw_accuracy(axes: Axes, steps: NDArray[Any], values: NDArray[Any]) -> None:
@@ -186,17 +167,17 @@ def _draw_accuracy(axes: Axes, steps: NDArray[Any], values: NDArray[Any]) -> Non
     )  # fmt: skip
     axes.margins(y=0.3)
     axes.set_ylabel("k-NN accuracy (%)")
-    _grid(axes)
+    _add_grid(axes)
 
 
-def _grid(axes: Axes) -> None:
+def _add_grid(axes: Axes) -> None:
     axes.grid(axis="y")
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
 
 
 def _series(lines: Lines, key: str) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Steps and values of what was measured."""
+    """Steps and values of one quantity, where it was measured."""
     found = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
     steps, values = zip(*found) if found else ((), ())
     return np.array(steps, dtype=np.int64), np.array(values, dtype=np.float64)
@@ -211,26 +192,30 @@ def _curve(
     label: str = "",
     smooth: bool = False,
 ) -> None:
-    """A line; of many points their means, with the range of each; smoothed where asked, over its noise."""
+    """Draw a line; of more than MAX_POINTS points their local means, over a band of their range.
+
+    Args:
+        smooth: draw the line pale, and its running mean over it.
+    """
     if not len(steps):
         return
-    chunks = np.array_split(np.arange(len(steps)), min(POINTS, len(steps)))
-    places = np.array([steps[c].mean() for c in chunks])
+    chunks = np.array_split(np.arange(len(steps)), min(MAX_POINTS, len(steps)))
+    x = np.array([steps[c].mean() for c in chunks])
     means = np.array([values[c].mean() for c in chunks])
     if len(chunks) < len(steps):
         low, high = (np.array([f(values[c]) for c in chunks]) for f in (np.min, np.max))
-        axes.fill_between(places, low, high, color=color, alpha=0.18, linewidth=0)
+        axes.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
     if len(chunks) == 1:
-        axes.plot(places, means, color=color, marker="o", markersize=4, linestyle="", label=label)
+        axes.plot(x, means, color=color, marker="o", markersize=4, linestyle="", label=label)
         return
     if smooth:
-        axes.plot(places, means, color=color, alpha=0.3, linewidth=0.7)
-        means = _smoothed(means)
-    axes.plot(places, means, color=color, linestyle=dash, label=label)
+        axes.plot(x, means, color=color, alpha=0.3, linewidth=0.7)
+        means = _running_mean(means)
+    axes.plot(x, means, color=color, linestyle=dash, label=label)
 
 
-def _smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """A running mean over about a fiftieth of the curve, so that the trend shows through the noise."""
+def _running_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Exponential moving average over about a fiftieth of the curve, which shows the trend through the noise."""
     weight = 2 / (1 + max(1.0, len(values) / 50))
     result, mean = [], float(values[0])
     for value in values.tolist():

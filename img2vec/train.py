@@ -60,8 +60,8 @@ from tokdiv.errors import RunError, SharedError, UsageError
 from tokdiv.ranking import versions
 from tokdiv.run_dir import write_atomic
 from tokdiv.similarity import token_similarity
-from tokdiv.teachers.load import load_teacher, state_sha256
-from tokdiv.teachers.spec import CUSTOM, TeacherSpec
+from tokdiv.teachers.load import load_teacher
+from tokdiv.teachers.spec import TeacherSpec
 from tokdiv.teachers.teacher import Teacher
 
 MAX_IN_A_ROW = 10  # steps without a finite loss before the run stops
@@ -473,13 +473,11 @@ def _open_teacher(
 ) -> Teacher:
     """The teacher of a SPEC, of a ranking's winner, or the one given."""
     if isinstance(given, Teacher):
-        if given.spec.architecture == CUSTOM:
+        if given.spec.is_custom:
             say(
                 f"remark: {given.name} is made by code of your own: without that code this run cannot "
                 f"be resumed, nor its teacher be loaded again"
             )
-            digest = state_sha256(given.module)  # of its weights, known again on resuming
-            given.spec = dataclasses.replace(given.spec, sha256=digest)
         if given.size != config.image_size:
             say(
                 f"{given.name} sees the view resized from {config.image_size} to {given.size} pixels"
@@ -509,7 +507,7 @@ def _winner(path: Path, say: Callable[[str], None]) -> TeacherSpec:
 
     ranking = load_ranking(path)
     best: TeacherSpec = ranking.best
-    if best.architecture == CUSTOM:
+    if best.is_custom:
         raise UsageError(
             f"--teacher '{path}': its winner '{best.name}' was made by code of your own, which a ranking does not "
             f"hold; name that code with --teacher-module FILE.py:FUNCTION in place of --teacher"

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from tokdiv.ranking import Ranking, load_ranking
     from tokdiv.similarity import token_similarity
     from tokdiv.teachers.load import load_teacher
-    from tokdiv.teachers.spec import TeacherSpec, parse_specs
+    from tokdiv.teachers.notation import parse_specs
+    from tokdiv.teachers.spec import TeacherSpec
     from tokdiv.teachers.teacher import Teacher
 
 __version__ = "0.1.0"
@@ -33,7 +34,7 @@ _HOMES = {
     "correspondence": "correspondence",
     "load_ranking": "ranking",
     "load_teacher": "teachers.load",
-    "parse_specs": "teachers.spec",
+    "parse_specs": "teachers.notation",
     "rank": "measure",
     "token_similarity": "similarity",
 }

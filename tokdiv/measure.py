@@ -45,8 +45,8 @@ from tokdiv.ranking import (
 )
 from tokdiv.scores import MEASURES, Scores, ScoreTable
 from tokdiv.similarity import pooled_similarity, token_similarity
-from tokdiv.teachers.load import load_teachers, state_sha256
-from tokdiv.teachers.spec import CUSTOM, TeacherSpec
+from tokdiv.teachers.load import load_teachers
+from tokdiv.teachers.spec import TeacherSpec
 from tokdiv.teachers.teacher import Teacher
 
 MEAN_IMAGES = 256  # usable images that the mean token of `centred_similarity` is taken from
@@ -271,9 +271,6 @@ def _load(
                 f"{teacher.name} gives K = 1 token at {teacher.size} px: token similarity is undefined; "
                 f"use a larger --image-size or an earlier block (:blocks=N)"
             )
-        if teacher.spec.architecture == CUSTOM:
-            digest = state_sha256(teacher.module)
-            teacher.spec = dataclasses.replace(teacher.spec, sha256=digest, size=teacher.size)
         teacher.prepare(group.device, settings.dtype, compiled)
     return loaded
 

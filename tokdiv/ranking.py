@@ -27,7 +27,7 @@ from tokdiv import __version__
 from tokdiv.certify import Certificate, confidence_sequence
 from tokdiv.errors import RunError, UsageError
 from tokdiv.scores import CHUNK, ScoreTable, write_skipped, write_whole
-from tokdiv.teachers.spec import CUSTOM, TeacherSpec
+from tokdiv.teachers.spec import LoadedSpec, TeacherSpec
 
 if TYPE_CHECKING:
     from tokdiv.data.source import Source
@@ -71,7 +71,7 @@ class RankedTeacher:
     name: str
     rank: int
     baseline: bool
-    spec: TeacherSpec
+    spec: LoadedSpec
     mean_similarity: float
     diversity: float
     ci_low: float
@@ -271,7 +271,7 @@ class Ranking:
 
     def about_the_measure(self) -> list[str]:
         """The remarks on measures by which another one would win, and on teachers that no file holds."""
-        own = [t.name for t in self.teachers if t.spec.architecture == CUSTOM]
+        own = [t.name for t in self.teachers if t.spec.is_custom]
         remarks = [
             f"{name} is made by code of your own: it cannot be loaded again without that code."
             for name in own
@@ -342,7 +342,7 @@ def load_ranking(path: str | os.PathLike[str]) -> Ranking:
                 f"tokdiv that wrote it, or rank again"
             )
         teachers = [
-            RankedTeacher(**(row | {"spec": TeacherSpec.from_dict(row["spec"])}))
+            RankedTeacher(**(row | {"spec": LoadedSpec.from_dict(row["spec"])}))
             for row in content["teachers"]
         ]
         if content["best"] not in [teacher.name for teacher in teachers]:
@@ -398,7 +398,7 @@ def certified_best(certificate: Certificate, eligible: Sequence[int]) -> list[in
 def make_ranking(
     table: ScoreTable,
     certificate: Certificate,
-    specs: Sequence[TeacherSpec],
+    specs: Sequence[LoadedSpec],
     source: "Source",
     settings: "Settings",
     dtypes: dict[str, str],
@@ -426,7 +426,7 @@ def make_ranking(
             x,
             source.count,
             alpha,
-            lower=-1 / ((spec.num_tokens or 2) - 1),
+            lower=-1 / (spec.num_tokens - 1),
             upper=1.0,
             times=np.array([images]),
         )

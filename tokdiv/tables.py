@@ -3,37 +3,40 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from tokdiv.teachers.zoo import GROUPS, ZOO
+from tokdiv.teachers.cache import is_cached
+from tokdiv.teachers.zoo import COUNTS, GROUPS, ZOO
 
 if TYPE_CHECKING:
     from tokdiv.ranking import Ranking
 
 
 def zoo_json() -> list[dict[str, Any]]:
-    """Every teacher of the zoo, with whether its weights are on this machine."""
-    return [
-        spec.to_dict() | {"K": spec.num_tokens, "C": spec.dim, "cached": _cached(spec.weights)}
-        for spec in ZOO.values()
-    ]
+    """Every teacher of the zoo, with K and C at 224 px and whether its weights are on this machine."""
+    rows = []
+    for name, spec in ZOO.items():
+        counts = COUNTS[name]
+        row = spec.to_dict() | counts._asdict() | {"K": counts.num_tokens, "C": counts.dim}
+        rows.append(row | {"cached": is_cached(spec.weights) if spec.weights else None})
+    return rows
 
 
 def zoo_table() -> str:
     """The zoo as a table, and its groups."""
     rows = [("NAME", "METHOD", "ARCHITECTURE", "K", "C", "PARAMS", "LICENSE", "CACHED", "WEIGHTS")]
-    for spec in ZOO.values():
-        rows.append(
-            (
-                spec.name,
-                spec.method or "",
-                spec.architecture,
-                str(spec.num_tokens),
-                str(spec.dim),
-                f"{(spec.parameters or 0) / 1e6:.1f}M",
-                spec.license or "-",
-                {True: "yes", False: "no", None: "-"}[_cached(spec.weights)],
-                spec.weights or "none",
-            )
+    rows += [
+        (
+            row["name"],
+            row["method"],
+            row["architecture"],
+            str(row["K"]),
+            str(row["C"]),
+            f"{row['parameters'] / 1e6:.1f}M",
+            row["license"] or "-",
+            {True: "yes", False: "no", None: "-"}[row["cached"]],
+            row["weights"] or "none",
         )
+        for row in zoo_json()
+    ]
     groups = [f"{name} = {' '.join(members)}" for name, members in GROUPS.items()]
     return "\n".join([_aligned(rows, right=(3, 4, 5)), "", *groups])
 
@@ -73,12 +76,6 @@ def ranking_table(ranking: "Ranking") -> str:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
-
-
-def _cached(weights: str | None) -> bool | None:
-    from tokdiv.teachers.cache import is_cached
-
-    return is_cached(weights) if weights else None
 
 
 def _aligned(rows: Sequence[tuple[str, ...]], right: tuple[int, ...]) -> str:

@@ -6,7 +6,7 @@ from torch import nn
 
 from tokdiv.errors import RunError, UsageError
 from tokdiv.teachers.architecture import create_model
-from tokdiv.teachers.spec import CUSTOM, HANDCRAFTED, Triple
+from tokdiv.teachers.spec import Triple
 from tokdiv.teachers.teacher import Teacher
 
 HEAD_STD = 2e-5  # standard deviation of the classifier's initial weights, as in MAE
@@ -26,7 +26,7 @@ def build_classifier(
     from timm.models.vision_transformer import VisionTransformer
 
     spec = teacher.spec
-    if spec.architecture in HANDCRAFTED or spec.architecture == CUSTOM or spec.block is not None:
+    if spec.is_handcrafted or spec.is_custom or spec.block is not None:
         what = "cut at a block" if spec.block is not None else f"'{spec.architecture}'"
         raise UsageError(f"{teacher.name} is {what}: fine-tuning takes whole timm models")
     arguments = {k: v for k, v in spec.arguments.items() if k != "img_size"}

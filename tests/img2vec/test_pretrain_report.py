@@ -17,8 +17,9 @@ from small import SMALL, make_teacher
 import img2vec
 import img2vec.report as module
 import img2vec.train as pretraining
-from img2vec.figures import POINTS, loss_figure, read_metrics, watch_figure
-from img2vec.report import colors_of, write_report
+from img2vec.figures import MAX_POINTS, loss_figure, read_metrics, watch_figure
+from img2vec.report import write_report
+from img2vec.token_maps import colors_of
 from tokdiv.errors import UsageError
 
 
@@ -70,7 +71,7 @@ def test_its_numbers_are_those_of_the_metrics(run):
     similarity = [line["token_similarity"] for line in steps if "token_similarity" in line][-1]
     assert f"own tokens: {similarity:.4f}".replace("-", "\N{MINUS SIGN}") in text
     rate = float(np.median([line["images_per_second"] for line in steps]))
-    assert f"{rate:,.1f} images/s in the median" in text
+    assert f"Median {rate:,.1f} images/s" in text
     assert "No step was skipped. Every image that was read could be used." in text
     assert "asked for" not in text
 
@@ -111,7 +112,7 @@ def test_without_classes_with_one_step_and_a_teacher_of_the_users_own(photos, tm
     text = _text(_page(out))
     assert "After 1 step, in epoch 1 of 4" in text and "k-NN" not in text
     assert _page(out).count("<figure>") == 3
-    assert "img2vec.pretrain(" in text and "made by code of your own" in text
+    assert "img2vec.pretrain(" in text and "made by your own code" in text
     # From the folder alone there is no such teacher, and the page says so.
     write_report(out)
     assert "no token maps: 'small' is a module of the user's own" in _text(_page(out))
@@ -222,7 +223,7 @@ def test_the_command_line_is_given_back_as_it_was(run):
         (4, "torchrun --nproc-per-node 4 -m img2vec"),
     ):
         changed = config | {"command": ["/lib/img2vec/__main__.py", *words], "world": world}
-        assert module._again(run, changed)["text"] == f"{start} {shlex.join(words)}"
+        assert module._pretrain_command(run, changed).text == f"{start} {shlex.join(words)}"
 
 
 def test_an_interrupted_run_has_a_page(photos, tmp_path, monkeypatch):
@@ -237,10 +238,10 @@ def test_an_interrupted_run_has_a_page(photos, tmp_path, monkeypatch):
         _pretrain(photos / "disc", out)
     text = _text(_page(out))
     assert "After 1 step, in epoch 1 of 4" in text and "no token maps" not in text
-    assert "The run is not at its end, where it writes the student." in text
+    assert "The run is not finished: it writes the student at its end." in text
     monkeypatch.undo()
     _pretrain(photos / "disc", out)
-    assert "The run is not at its end" not in _text(_page(out))
+    assert "The run is not finished" not in _text(_page(out))
 
 
 def test_long_runs_are_thinned_and_keep_their_range(tmp_path):
@@ -251,7 +252,7 @@ def test_long_runs_are_thinned_and_keep_their_range(tmp_path):
     ]  # fmt: skip
     for figure in (loss_figure(lines), watch_figure(lines)):
         for axes in figure.axes:
-            assert all(len(line.get_xdata()) <= POINTS for line in axes.lines)
+            assert all(len(line.get_xdata()) <= MAX_POINTS for line in axes.lines)
     labels = [line.get_label() for line in loss_figure(lines).axes[0].lines]
     assert "global loss" not in labels  # off, it is 0 throughout
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')

@@ -1,1 +1,1 @@
-"""Figures from arrays: neither torch nor timm is needed to draw them."""
+"""Figures from arrays: nothing here needs torch or timm."""

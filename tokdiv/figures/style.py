@@ -1,11 +1,8 @@
-"""Arrays to matplotlib figures: everything that tokdiv draws, in one style.
+"""What all figures share: the style, one color per teacher, names that fit, and files.
 
-Figures are built with matplotlib's object-oriented interface (no pyplot, no global state), so they
-can be drawn on a cluster without a display and in threads that do not share figures. A teacher has
-one color, from `teacher_colors`, in every figure that is given the same dict.
+Figures are built with matplotlib's object-oriented interface, without pyplot and its global state, so they can be
+drawn on a cluster without a display and in several threads.
 """
-
-from __future__ import annotations
 
 import io
 import math
@@ -24,24 +21,15 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from tokdiv.errors import UsageError
+from tokdiv.run_dir import write_atomic
+from tokdiv.text import printable
 
-# Okabe and Ito's palette (2008), told apart under the three common color-vision deficiencies.
+# Okabe and Ito's palette (2008), whose colors can be told apart with the three common color-vision deficiencies.
 # Its yellow is left out, as it cannot be seen on white, and its black is a gray, as black is text.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
-
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "<", ">", "h")
-
 DASHES: Any = ("-", "--", ":", "-.")
-
-QUERY_COLOR = "#E8000B"
-
-COLOR_MAP = "viridis"
-
-METADATA: dict[str, dict[str, Any]] = {  # of each kind of file, what would change from run to run
-    "png": {"Software": None},
-    "svg": {"Date": None},
-    "pdf": {"CreationDate": None, "Producer": None, "Creator": None},
-}
+INK = "#222222"  # of text-like marks: intervals, outlines, thresholds
 
 STYLE: Any = {
     "font.family": "sans-serif",
@@ -70,12 +58,18 @@ STYLE: Any = {
     "svg.fonttype": "path",
     "pdf.fonttype": 42,
 }
+# Dates and versions are left out of the files, so that equal figures give equal bytes.
+METADATA: dict[str, dict[str, Any]] = {
+    "png": {"Software": None},
+    "svg": {"Date": None},
+    "pdf": {"CreationDate": None, "Producer": None, "Creator": None},
+}
 
 Parameters = ParamSpec("Parameters")
 
 
-def _styled(draw: Callable[Parameters, Figure]) -> Callable[Parameters, Figure]:
-    """Draw under STYLE and give the caller's own settings back afterwards."""
+def styled(draw: Callable[Parameters, Figure]) -> Callable[Parameters, Figure]:
+    """Decorator: draw under STYLE, and restore the caller's own settings afterwards."""
 
     @wraps(draw)
     def wrapper(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Figure:
@@ -85,20 +79,20 @@ def _styled(draw: Callable[Parameters, Figure]) -> Callable[Parameters, Figure]:
     return wrapper
 
 
-def _new_figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of `width` x `height` inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
 def teacher_colors(names: Collection[str]) -> dict[str, str]:
-    """One color a teacher, as '#rrggbb', the same whatever the order of `names`.
+    """One color per teacher, as '#rrggbb', whatever the order of `names`.
 
-    The first seven names (alphabetically) get the seven colors of PALETTE, the next seven the
-    same hues darkened, the next lightened, and so on; from the 29th name on, colors repeat.
-    Line plots and scatters tell teachers apart by marker too.
+    In alphabetical order, the first seven names get the colors of PALETTE, the next seven the same hues darkened,
+    the next lightened, and so on; from the 29th name on, colors repeat.
     """
-    shades = ((0.0, 0.0), (0.0, 0.5), (1.0, 0.5), (0.0, 0.75))  # (towards: 0 black, 1 white; share)
+    shades = ((0.0, 0.0), (0.0, 0.5), (1.0, 0.5), (0.0, 0.75))  # (0 black or 1 white, its share)
     colors = {}
     for index, name in enumerate(sorted(set(names))):
         towards, share = shades[index // len(PALETTE) % len(shades)]
@@ -107,10 +101,10 @@ def teacher_colors(names: Collection[str]) -> dict[str, str]:
     return colors
 
 
-def _looks(
+def teacher_looks(
     names: Sequence[str], colors: Mapping[str, str] | None
 ) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
-    """Color, marker and dash of each name; markers and dashes follow the colors' order."""
+    """Color, marker and dash of each name; `colors` override those of `teacher_colors`."""
     known = {**teacher_colors(names), **(colors or {})}
     order = sorted(known)
     markers = {name: MARKERS[index % len(MARKERS)] for index, name in enumerate(order)}
@@ -118,23 +112,20 @@ def _looks(
     return known, markers, dashes
 
 
-def _ink(color: str) -> str:
-    """`color` darkened until small text in it can be read on white."""
-    return to_hex(tuple(0.6 * np.array(to_rgb(color))))
-
-
-def _key(label: str, color: str, **style: Any) -> Line2D:
-    """An entry of a legend."""
+def legend_entry(label: str, color: str, **style: Any) -> Line2D:
+    """An entry of a legend that is made by hand."""
     return Line2D([], [], color=color, label=label, **style)
 
 
 def fit_name(name: str, width: int, lines: int = 2) -> str:
-    """Break `name` into at most `lines` lines of `width` characters, its middle elided if need be.
+    """Break a name into at most `lines` lines of `width` characters, and elide its middle if need be.
 
-    Lines break after '/', ':', '@', '_', '.', '-', '=' or a space where one is near the end. Dollar
-    signs are escaped, so that matplotlib does not read formulas into names.
+    Every name in a figure goes through this function, so it also keeps names from being read as anything but text:
+    what cannot be shown is spelled out, and dollar signs are escaped, which would begin a formula.
+
+    Lines break after '/', ':', '@', '_', '.', '-', '=' or a space where one is near the end.
     """
-    name = re.sub(r"\s+", " ", name).strip()
+    name = re.sub(r"\s+", " ", printable(name)).strip()
     capacity = width * lines
     while True:
         rest, wrapped = name, []
@@ -152,19 +143,17 @@ def fit_name(name: str, width: int, lines: int = 2) -> str:
         capacity -= 1  # Breaking at separators left room unused: elide a little more.
 
 
-def _check_lengths(num_teachers: int, **lengths: int) -> None:
+def check_lengths(num_teachers: int, **lengths: int) -> None:
+    """Raise ValueError where an argument does not have one entry per teacher."""
     for argument, length in lengths.items():
         if length != num_teachers:
             raise ValueError(
-                f"{argument} has {length} entries, expected {num_teachers}, one a teacher"
+                f"{argument} has {length} entries, expected {num_teachers}, one per teacher"
             )
 
 
 def encode_figure(figure: Figure, image_format: str, dpi: int = 200) -> bytes:
-    """`figure` as a file of `image_format`: "png", "svg" or "pdf".
-
-    No date or version is written into it, so equal figures give equal bytes.
-    """
+    """A figure as the bytes of a "png", "svg" or "pdf" file."""
     file = io.BytesIO()
     with mpl.rc_context(STYLE):
         figure.savefig(file, format=image_format, dpi=dpi, metadata=METADATA[image_format])
@@ -172,26 +161,16 @@ def encode_figure(figure: Figure, image_format: str, dpi: int = 200) -> bytes:
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
-    """Write `figure` to `path` as its suffix says: .png (200 dpi), .svg or .pdf.
-
-    The file appears whole or not at all: it is written beside its place under a temporary name and
-    then renamed.
+    """Write a figure to `path` in the format of its suffix: .png (200 dpi), .svg or .pdf.
 
     Raises:
-        UsageError: Another suffix.
+        UsageError: another suffix. RunError: the disk is full or not writable.
     """
     path = Path(path)
     suffix = path.suffix.lower().removeprefix(".")
     if suffix not in METADATA:
         raise UsageError(
-            f"cannot write a figure to {str(path)!r}: expected a name that ends in .png, .svg or"
-            " .pdf; rename it"
+            f"cannot write a figure to {str(path)!r}: expected a name that ends in .png, .svg or .pdf; rename it"
         )
-    encoded = encode_figure(figure, suffix)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(encoded)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomic(path, encode_figure(figure, suffix))
     return path

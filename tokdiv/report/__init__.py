@@ -1,1 +1,1 @@
-"""RUN/report.html: one page that needs nothing else."""
+"""RUN/report.html: the result of a ranking on one page that loads nothing."""

@@ -1,14 +1,13 @@
-"""Pages that are one file: a template, its style and its pictures, with nothing to load from anywhere.
+"""Pages that are one file: a template with its style and its figures, which loads nothing.
 
-A page of tokdiv or img2vec is a jinja2 template that extends `base.html`. Everything that is put into it is
-escaped: names of files, labels and keys are the user's data, not markup. And what the pages of both say of a
-run's folder: the command it came from, the images that could not be used.
+Used by both packages. A page is a jinja2 template that extends `base.html`. Everything that is put into it is
+escaped: names of files, labels and keys are the user's data, not markup.
 """
 
 import base64
 import csv
-import re
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +17,31 @@ from matplotlib.figure import Figure
 
 from tokdiv import __version__
 from tokdiv.figures.style import encode_figure
+from tokdiv.text import printable
 
-NARROW = 3.3  # inches: the width of a figure for a telephone
-SKIPPED = 10  # at most so many unusable images are named on a page
+NARROW = 3.3  # inches: the width of a figure on a phone
+MAX_SKIPPED = 10  # unusable images that a page names
 MEDIA_TYPES = {"svg": "image/svg+xml", "png": "image/png"}
-# What no HTML may hold, as a name in a .tar can; tab and newline may stay.
-CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-MISSING = "\N{EN DASH}"  # stands for a number that there is not
+MISSING = "\N{EN DASH}"  # in place of a number that was not measured
 
 
-def render(template: str, package: str = "tokdiv", **context: Any) -> str:
-    """The page that a template of a package makes of `context`, as HTML.
+@dataclass(frozen=True)
+class Command:
+    """Something to type: its text, and a note below it."""
+
+    text: str
+    note: str
+
+
+def render(template: str, package: str = "tokdiv.report", **context: Any) -> str:
+    """The HTML of a page.
 
     Args:
-        template: a file in the package's folder `templates`; it may extend `base.html`, and import
-            `swatch`, `colored`, `scroll` and `command` from `macros.html`.
-        package: whose templates; those of tokdiv are found from any.
-        **context: what the template names; one that is missing raises jinja2.UndefinedError. Text is
-            escaped, `inline_figure` excepted.
+        template: a file in the package's folder `templates`. It may extend `base.html`, and import `swatch`,
+            `colored`, `scroll` and `command` from `macros.html`.
+        package: whose templates; those of tokdiv.report are found from any.
+        **context: what the template names; a missing one raises jinja2.UndefinedError. Text is escaped, except for
+            what `inline_figure` returns.
     """
     environment = Environment(
         loader=ChoiceLoader([PackageLoader(package), PackageLoader("tokdiv.report")]),
@@ -45,8 +51,7 @@ def render(template: str, package: str = "tokdiv", **context: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"count": _count, "fixed": _fixed}
-    page = environment.get_template(template).render(version=__version__, **context)
-    return CONTROL.sub("\N{REPLACEMENT CHARACTER}", page)
+    return printable(environment.get_template(template).render(version=__version__, **context))
 
 
 def inline_figure(
@@ -58,30 +63,26 @@ def inline_figure(
     image_format: str = "svg",
     dpi: int = 150,
 ) -> Markup:
-    """A drawn figure as a <figure> that carries its own picture.
+    """A <figure> that carries its picture.
 
     Args:
-        figure: as the page shows it on a screen and on paper.
-        alt: what it shows, for those who cannot see it. caption: a sentence below it.
-        narrow: the same drawn for a screen below 600 px; without one, the figure scrolls there.
-        image_format: "svg", or "png" for one that holds photographs or very many points.
+        figure: for a screen and for paper.
+        alt: describes it for those who cannot see it. caption: a sentence below it.
+        narrow: the same figure for a screen below 600 px; without one, the figure scrolls there.
+        image_format: "svg", or "png" for photographs and for very many points.
         dpi: of a png.
     """
-    # An SVG goes in as a picture, not as markup: the ids within two of them would clash.
+    # An SVG is embedded as an image, not as markup: the ids within two of them would clash.
     source = Markup("")
     if narrow is not None:
         source = Markup(
             '<source media="screen and (max-width: 600px)" srcset="{}" width="{}" height="{}">\n'
         ).format(_data_url(narrow, image_format, dpi), *_pixels(narrow))
-    kind = ("raster" if image_format == "png" else "drawn") + (
-        "" if narrow is not None else " wide"
-    )
-    # Without a narrow twin it scrolls on a narrow screen, in a box that the keyboard reaches.
-    box = (
-        Markup("")
-        if narrow is not None
-        else Markup(' role="group" tabindex="0" aria-label="Figure"')
-    )
+    kind = "raster" if image_format == "png" else "drawn"
+    box = Markup("")
+    if narrow is None:  # a box that scrolls on a narrow screen, also by the keyboard
+        kind += " wide"
+        box = Markup(' role="group" tabindex="0" aria-label="Figure"')
     picture = Markup(
         '<picture>\n{}<img class="{}" src="{}" width="{}" height="{}" alt="{}">\n</picture>'
     ).format(source, kind, _data_url(figure, image_format, dpi), *_pixels(figure), alt)
@@ -92,16 +93,16 @@ def inline_figure(
 
 
 def given_command(config: dict[str, Any], package: str) -> list[str]:
-    """The words that were typed to start a run, to be typed once more; none where that was another program.
+    """The words of the command line that started a run; none where another program did.
 
     Args:
-        config: of the run's config.json: `command`, its sys.argv, and `world`, the number of processes.
+        config: the run's config.json: `command`, its sys.argv, and `world`, the number of processes.
         package: "tokdiv" or "img2vec".
     """
     command, world = config.get("command"), config.get("world")
     if not isinstance(command, list) or len(command) < 2:
         return []
-    # sys.argv[0] is the console script's path, or with `python -m` that of the package's __main__.py.
+    # sys.argv[0] is the path of the console script, or with `python -m` that of the package's __main__.py.
     program = Path(str(command[0]))
     if program.stem != package and program.parts[-2:] != (package, "__main__.py"):
         return []
@@ -111,25 +112,35 @@ def given_command(config: dict[str, Any], package: str) -> list[str]:
     return [*start, *map(str, command[1:])]
 
 
-def repeat_command(config: dict[str, Any], package: str) -> dict[str, str] | None:
-    """How a page gives a run's command line back: `text` to type and what is `said` of it, or None."""
+def repeat_command(config: dict[str, Any], package: str) -> Command | None:
+    """The command line that started a run, or None where another program did."""
     words = given_command(config, package)
     if not words:
         return None
-    return {
-        "text": shlex.join(words),
-        "said": "As it was given: relative paths hold from the folder where that was. With the same -o it goes "
-        "on with that run; another -o begins anew.",
-    }
+    return Command(
+        shlex.join(words),
+        "As it was given; relative paths hold from the folder where it was started. With the same -o it continues "
+        "that run; another -o starts a new one.",
+    )
 
 
 def read_skipped(path: Path) -> list[tuple[str, str]]:
-    """(key, reason) of each image that could not be used; none where the file is gone or damaged."""
+    """(key, reason) of each image that could not be used; empty where the file is missing or damaged."""
     try:
         with path.open(newline="", encoding="utf-8", errors="backslashreplace") as file:
             return [(row[0], row[1]) for row in list(csv.reader(file))[1:] if len(row) == 2]
     except (OSError, csv.Error):
         return []
+
+
+def percent(confidence: float) -> str:
+    """0.99 -> 99%."""
+    return f"{100 * confidence:.6g}%"
+
+
+def signed(value: float) -> str:
+    """0.123456 -> +0.1235, with a true minus sign."""
+    return f"{value:+.4f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _data_url(figure: Figure, image_format: str, dpi: int) -> str:
@@ -138,7 +149,7 @@ def _data_url(figure: Figure, image_format: str, dpi: int) -> str:
 
 
 def _pixels(figure: Figure) -> tuple[int, int]:
-    """Width and height in CSS pixels, 96 an inch."""
+    """Width and height in CSS pixels, 96 per inch."""
     width, height = figure.get_size_inches()
     return round(96 * width), round(96 * height)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from tokdiv.errors import UsageError
+from tokdiv.errors import UsageError, first_line
 from tokdiv.teachers.spec import nearest
 
 # Never passed on, even where a constructor names its argument so.
@@ -49,10 +49,9 @@ def create_model(
             isinstance(error, TypeError) and "img_size" in str(error)
         ):
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         size = f" for {own['img_size']} px" if "img_size" in own else ""
         raise UsageError(
-            f"{prefix}cannot make {architecture}{size} with {dict(arguments)}: {reason}"
+            f"{prefix}cannot make {architecture}{size} with {dict(arguments)}: {first_line(error)}"
         ) from None
 
 

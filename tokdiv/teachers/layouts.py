@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from tokdiv.errors import UsageError
+from tokdiv.teachers.fit import some
 from tokdiv.teachers.weights import StateDict
 
 # Where authors put the state dict, outermost first, and what they prefix its keys with. A checkpoint of a
@@ -60,7 +61,7 @@ def unwrap(checkpoint: Any, expected: set[str], path: Path) -> StateDict:
     )
     if not tensors:
         kind = (
-            f"a dict with the keys {_some(list(inner))}"
+            f"a dict with the keys {some(list(inner))}"
             if isinstance(inner, dict)
             else type(inner).__name__
         )
@@ -70,9 +71,3 @@ def unwrap(checkpoint: Any, expected: set[str], path: Path) -> StateDict:
         if prefix is None or any(key.startswith(prefix) for key in expected):
             return tensors
         tensors = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-
-
-def _some(names: list[Any], limit: int = 4) -> str:
-    """The first few of a list of names, and how many more there are."""
-    listed = ", ".join(str(name) for name in names[:limit])
-    return listed + (f" and {len(names) - limit} more" if len(names) > limit else "")

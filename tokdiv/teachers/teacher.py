@@ -1,6 +1,7 @@
 """The Teacher: uint8 images in, tokens out, whatever the network behind it."""
 
 import dataclasses
+import hashlib
 import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -9,14 +10,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from tokdiv.errors import RunError, UsageError
-from tokdiv.teachers.spec import (
-    CUSTOM,
-    HANDCRAFTED,
-    TeacherSpec,
-    Triple,
-    _triple,
-)
+from tokdiv.errors import RunError, UsageError, first_line
+from tokdiv.teachers.spec import CUSTOM, LoadedSpec, TeacherSpec, Triple, triple
 from tokdiv.teachers.zoo import IMAGENET_MEAN, IMAGENET_STD
 
 DEFAULT_SIZE = 224  # pixels: the paper's view
@@ -37,9 +32,11 @@ class Teacher(nn.Module):
         name: the label in rankings and pictures.
         grid: rows and columns of the tokens, where they are no feature map and no square; (1, K) if it
             is not given, which leaves `similarity_7x7` out.
-        spec: how to load it again; None for a module of the user's own.
+        spec: how to load it again, with the mean, std, size and name that hold in place of the above; None for a
+            module of the user's own.
 
     Attributes:
+        spec: how to load it again, with all that was found out.
         grid: (rows, columns) of the tokens.
         num_tokens: K = rows * columns, without CLS or register tokens.
         dim: C.
@@ -51,6 +48,7 @@ class Teacher(nn.Module):
 
     mean: Tensor
     std: Tensor
+    spec: LoadedSpec
 
     def __init__(
         self,
@@ -64,28 +62,26 @@ class Teacher(nn.Module):
         spec: TeacherSpec | None = None,
     ) -> None:
         super().__init__()
-        mean, std = _triple("mean", mean, name), _triple("std", std, name)
+        mean, std = triple("mean", mean, name), triple("std", std, name)
+        view = {"mean": mean, "std": std, "size": size, "input_size": size}
+        asked = spec or TeacherSpec(name, CUSTOM, norm=False, **view)  # type: ignore[arg-type]
+        assert asked.mean and asked.std and asked.size
+        self.name, self.size = asked.name, asked.size
         self.module = module.requires_grad_(False)
-        self.name = name
-        self.size = size
         self.dtype = torch.float32
         self._tokens_of = _token_function(module, tokens)
         self._compiled: Callable[[Tensor], Tensor] | None = None
         self._cast = False  # whether `prepare` rounded the weights
-        self.register_buffer("mean", torch.tensor(mean).mul(255).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).mul(255).view(3, 1, 1), persistent=False)
+        for key, value in (("mean", asked.mean), ("std", asked.std)):
+            self.register_buffer(key, torch.tensor(value).mul(255).view(3, 1, 1), persistent=False)
         self.channels_last = sum(isinstance(m, nn.Conv2d) for m in module.modules()) > 1
         if (parameter := next(module.parameters(), None)) is not None:
             self.to(parameter.device)
         self.eval()
         self.grid, self.dim = self._probe(grid)
         self.num_tokens = self.grid[0] * self.grid[1]
-        described = spec or TeacherSpec(
-            name, CUSTOM, mean=mean, std=std, size=size, input_size=size, norm=False
-        )
-        self.spec = dataclasses.replace(
-            described,
-            name=name,
+        self.spec = LoadedSpec.of(
+            asked,
             num_tokens=self.num_tokens,
             dim=self.dim,
             parameters=sum(p.numel() for p in module.parameters()),
@@ -108,6 +104,8 @@ class Teacher(nn.Module):
                 benchmarks/results/precision.md.
             compile: through `torch.compile`; on a CPU with the weights as constants ("freezing").
 
+        The weights of a user's own module are hashed into its spec, as those of files are when they are loaded.
+
         Raises:
             UsageError: float32 is asked for, but the weights were cast to bfloat16 before.
         """
@@ -115,11 +113,13 @@ class Teacher(nn.Module):
             raise UsageError(
                 f"{self.name} was loaded with dtype bfloat16, which float32 cannot restore; load it anew"
             )
+        if self.spec.is_custom:
+            self.spec = dataclasses.replace(self.spec, sha256=state_sha256(self.module))
         self.dtype = torch.float32 if _is_mobile(self.module) else DTYPES[dtype]
         self.to(device)
         if self.channels_last:
             self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if self.dtype != torch.float32 and self.spec.architecture != CUSTOM:
+        if self.dtype != torch.float32 and not self.spec.is_custom:
             # Autocast would cast these frozen weights anew in every forward pass; cast once, the
             # numbers are the same. Subclasses may compute with their weights before (standardized
             # convolutions do) and stay as they are.
@@ -163,11 +163,10 @@ class Teacher(nn.Module):
             try:
                 output = (self._compiled or self._features)(self._normalized(images))
             except Exception as error:
-                if self.spec.architecture != CUSTOM or isinstance(error, torch.OutOfMemoryError):
+                if not self.spec.is_custom or isinstance(error, torch.OutOfMemoryError):
                     raise
-                reason = (str(error).strip() or "no message").splitlines()[0]
                 raise RunError(
-                    f"{self.name}: your code raised {type(error).__name__}: {reason}"
+                    f"{self.name}: your code raised {type(error).__name__}: {first_line(error)}"
                 ) from error
         return output.flatten(2).transpose(1, 2) if output.ndim == 4 else output
 
@@ -184,9 +183,9 @@ class Teacher(nn.Module):
         Raises:
             UsageError: a network that timm did not make, whose blocks are unknown.
         """
-        if self.spec.architecture in HANDCRAFTED:
+        if self.spec.is_handcrafted:
             return [self(images)]
-        if self.spec.architecture == CUSTOM:
+        if self.spec.is_custom:
             raise UsageError(
                 f"{self.name}: the blocks of a module of your own are unknown; name a timm network"
             )
@@ -210,9 +209,8 @@ class Teacher(nn.Module):
             with torch.no_grad():
                 output = self._features(black)
         except (AssertionError, RuntimeError, ValueError, TypeError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UsageError(
-                f"{self.name} cannot take images of {self.size} px: {reason}"
+                f"{self.name} cannot take images of {self.size} px: {first_line(error)}"
             ) from error
         if isinstance(output, Tensor) and not output.is_floating_point():
             raise UsageError(
@@ -262,6 +260,15 @@ def _token_function(
     if len(required) >= 2:
         return tokens
     return lambda module, images: tokens(module(images))
+
+
+def state_sha256(module: nn.Module) -> str:
+    """A hash of a module's weights, for those that come from no file."""
+    hashed = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        hashed.update(name.encode())
+        hashed.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return hashed.hexdigest()
 
 
 def _is_mobile(module: nn.Module) -> bool:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tokdiv.teachers.handcrafted import Hog, Pixels
 from tokdiv.teachers.load import load_teacher
-from tokdiv.teachers.spec import parse_specs
+from tokdiv.teachers.notation import parse_specs
 from tokdiv.teachers.zoo import IMAGENET_MEAN, IMAGENET_STD
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -11,7 +11,6 @@ import timm
 import torch
 from torch import Tensor, nn
 
-import tokdiv.teachers.teacher
 from tokdiv import Teacher, TeacherSpec, load_teacher, parse_specs
 from tokdiv.errors import UsageError
 from tokdiv.teachers.load import complete, load_teachers, teacher_from_file
@@ -47,12 +46,6 @@ def load(model: nn.Module, folder: Path, architecture: str, **fields: Any) -> Te
     fields = {"mean": MEAN, "std": STD, "size": 64} | fields
     dtype = fields.pop("dtype", "float32")
     return load_teacher(TeacherSpec("t", architecture, weights=str(path), **fields), dtype=dtype)
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No architectures to try for the hint where weights do not fit."""
-    monkeypatch.setattr(tokdiv.teachers.teacher, "COMMON_ARCHITECTURES", ())
 
 
 def mistake(function: Callable[..., Any], *arguments: Any, **options: Any) -> str:
@@ -193,7 +186,7 @@ def test_a_resnet_s_block_zero_is_its_stem(images: Tensor, tmp_path: Path):
     ],
 )
 def test_what_lies_behind_the_block_may_be_missing_and_is_not_run(
-    architecture: str, block: int, behind: str, images: Tensor, tmp_path: Path, quick: None
+    architecture: str, block: int, behind: str, images: Tensor, tmp_path: Path
 ):
     model = network(architecture, **({"img_size": 64} if "vit" in architecture else {}))
     teacher = load(model, tmp_path, architecture, block=block)
@@ -632,7 +625,7 @@ def real(folder: Path, text: str) -> str:
     return text.replace("@", f"@{folder}/weights/")
 
 
-def test_real_weights_without_the_last_stage_load_cut_at_the_third(data_folder: Path, quick: None):
+def test_real_weights_without_the_last_stage_load_cut_at_the_third(data_folder: Path):
     text = real(data_folder, "timm:resnet18@resnet18_in1k_layers1-3_bnfolded.safetensors")
     teacher = load_teacher(text + ":blocks=3")
     assert (teacher.grid, teacher.dim) == ((14, 14), 256)

@@ -24,9 +24,10 @@ import timm
 import torch
 from torch import Tensor
 
-import tokdiv.teachers.teacher
+from tokdiv import Teacher
 from tokdiv.errors import RunError, UsageError
 from tokdiv.teachers.cache import cache_folder, cached_path, in_hub_cache, is_cached
+from tokdiv.teachers.fit import likely_architecture
 from tokdiv.teachers.layouts import unwrap
 from tokdiv.teachers.load import load_teacher
 from tokdiv.teachers.spec import TeacherSpec
@@ -339,7 +340,7 @@ def test_a_cached_pickle_serves_where_no_safetensors_are(hub: Path):
 def test_of_several_snapshots_main_is_used(hub: Path):
     old = hub_folder("timm/a.b", "9" * 40, "model.safetensors", b"old")
     new = hub_folder("timm/a.b", "1" * 40, "model.safetensors", b"new")
-    refs = new.parents[3] / "refs"
+    refs = new.parents[2] / "refs"
     refs.mkdir()
     (refs / "main").write_text("1" * 40)
     assert in_hub_cache("hf-hub:timm/a.b") == new
@@ -614,7 +615,7 @@ def bare_tokens(model: torch.nn.Module, images: Tensor) -> Tensor:
     return features[:, model.num_prefix_tokens :]
 
 
-def load(architecture: str, path: Path, **fields: Any) -> tokdiv.Teacher:
+def load(architecture: str, path: Path, **fields: Any) -> Teacher:
     spec = TeacherSpec(
         "t",
         architecture,
@@ -721,13 +722,6 @@ def test_dinov2_s_own_files_with_registers_load(images: Tensor, tmp_path: Path):
 # Strictness
 
 
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few architectures to try for the hint."""
-    few = ("vit_tiny_patch16_224", "test_resnet", "test_vit")
-    monkeypatch.setattr(tokdiv.teachers.teacher, "COMMON_ARCHITECTURES", few)
-
-
 def misfit(architecture: str, tensors: dict[str, Tensor], folder: Path, **fields: Any) -> str:
     path = saved(tensors, folder / "w.pth")
     with pytest.raises(UsageError) as caught:
@@ -737,7 +731,7 @@ def misfit(architecture: str, tensors: dict[str, Tensor], folder: Path, **fields
     return message
 
 
-def test_missing_keys_are_listed_the_first_few(networks, tmp_path: Path, quick: None):
+def test_missing_keys_are_listed_the_first_few(networks, tmp_path: Path):
     tensors = dict(networks["test_vit"].state_dict())
     del tensors["cls_token"]
     assert "missing cls_token" in misfit("test_vit", tensors, tmp_path)
@@ -746,13 +740,13 @@ def test_missing_keys_are_listed_the_first_few(networks, tmp_path: Path, quick: 
     assert re.search(r"missing cls_token, (\S+, ){2}\S+ and \d+ more", message)
 
 
-def test_unexpected_keys_are_listed(networks, tmp_path: Path, quick: None):
+def test_unexpected_keys_are_listed(networks, tmp_path: Path):
     tensors = networks["test_resnet"].state_dict() | {"extra.weight": torch.ones(2)}
     message = misfit("test_resnet", tensors, tmp_path)
     assert "unexpected extra.weight" in message and "missing" not in message
 
 
-def test_a_misshapen_key_is_given_with_both_shapes(networks, tmp_path: Path, quick: None):
+def test_a_misshapen_key_is_given_with_both_shapes(networks, tmp_path: Path):
     tensors = dict(networks["test_resnet"].state_dict())
     tensors["bn1.weight"] = torch.ones(3)
     wanted = networks["test_resnet"].bn1.weight.shape[0]
@@ -760,21 +754,40 @@ def test_a_misshapen_key_is_given_with_both_shapes(networks, tmp_path: Path, qui
     assert f"misshapen bn1.weight (found 3, expected {wanted})" in message
 
 
-def test_another_network_s_weights_are_told_where_they_fit(networks, tmp_path: Path, quick: None):
-    tensors = networks["test_resnet"].state_dict()
-    message = misfit("test_vit", tensors, tmp_path)
-    assert message.endswith("; it would fit test_resnet")
-    assert "missing" in message and "unexpected" in message
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        *(f"vit_{size}_patch16_224" for size in ("tiny", "small", "base", "large")),
+        *("vit_small_patch8_224", "vit_base_patch32_224", "vit_huge_patch14_224"),
+        *("vit_base_patch14_dinov2", "vit_large_patch14_reg4_dinov2", "vit_small_patch16_dinov3"),
+        *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2"),
+        *(f"convnext_{size}" for size in ("tiny", "small", "base", "large")),
+        *("convnextv2_tiny", "mobilenetv2_100", "mobilenetv3_large_100", "efficientnet_b0"),
+    ],
+)
+def test_a_common_architecture_is_known_by_its_shapes(architecture: str):
+    with torch.device("meta"):
+        tensors = timm.create_model(architecture).state_dict()
+    assert likely_architecture(tensors) == architecture
 
 
-def test_the_hint_looks_through_the_common_architectures(tmp_path: Path):
+@pytest.mark.parametrize(
+    "architecture", ["test_vit", "test_resnet", "test_convnext", "test_efficientnet"]
+)
+def test_an_uncommon_architecture_is_not_guessed(networks, architecture: str):
+    with torch.device("meta"):
+        tensors = timm.create_model(architecture).state_dict()
+    assert likely_architecture(tensors) is None
+
+
+def test_another_network_s_weights_are_told_where_they_fit(tmp_path: Path):
     tensors = timm.create_model("vit_tiny_patch16_224").half().state_dict()
-    assert misfit("vit_small_patch16_224", tensors, tmp_path, arguments={"depth": 1}).endswith(
-        "; it would fit vit_tiny_patch16_224"
-    )
+    message = misfit("vit_small_patch16_224", tensors, tmp_path, arguments={"depth": 1})
+    assert "misshapen patch_embed.proj.weight" in message
+    assert message.endswith("; it would fit vit_tiny_patch16_224")
 
 
-def test_another_patch_size_is_refused_rather_than_resampled(tmp_path: Path, quick: None):
+def test_another_patch_size_is_refused_rather_than_resampled(tmp_path: Path):
     tensors = timm.create_model("vit_tiny_patch16_224", patch_size=8, depth=1).state_dict()
     message = misfit("vit_tiny_patch16_224", tensors, tmp_path, arguments={"depth": 1})
     assert "misshapen patch_embed.proj.weight (found 192x3x8x8, expected 192x3x16x16)" in message

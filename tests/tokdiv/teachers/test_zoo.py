@@ -6,11 +6,11 @@ import pytest
 import timm
 import torch
 
-from tokdiv.teachers.load import _has_final_norm
-from tokdiv.teachers.spec import HANDCRAFTED, TeacherSpec
-from tokdiv.teachers.zoo import GROUPS, ZOO
+from tokdiv.teachers.load import has_final_norm
+from tokdiv.teachers.spec import TeacherSpec
+from tokdiv.teachers.zoo import COUNTS, GROUPS, ZOO
 
-NETWORKS = [spec for spec in ZOO.values() if spec.architecture not in HANDCRAFTED]
+NETWORKS = [spec for spec in ZOO.values() if not spec.is_handcrafted]
 FROM_TIMM = [spec for spec in NETWORKS if (spec.weights or "").startswith("hf-hub:")]
 FROM_AUTHORS = [spec for spec in NETWORKS if (spec.weights or "").startswith("https:")]
 
@@ -36,13 +36,14 @@ def test_an_entry_from_timm_says_what_timm_s_configuration_says(spec: TeacherSpe
 def test_counts_and_norm_are_those_of_the_network(spec: TeacherSpec):
     with torch.device("meta"):
         model = timm.create_model(spec.architecture, num_classes=0, **spec.arguments)
-        assert spec.norm is _has_final_norm(model)
+        assert spec.norm is has_final_norm(model)
         model.prune_intermediate_layers(1, prune_norm=not spec.norm, prune_head=True)
-    assert spec.parameters == sum(p.numel() for p in model.parameters())
-    assert model.num_features == spec.dim
+    counts = COUNTS[spec.name]
+    assert counts.parameters == sum(p.numel() for p in model.parameters())
+    assert counts.dim == model.num_features
     # K at 224 px by the stride; a forward pass of each kind holds it below.
     stride = model.feature_info[-1]["reduction"]
-    assert spec.num_tokens == (224 // stride) ** 2
+    assert counts.num_tokens == (224 // stride) ** 2
 
 
 @pytest.mark.parametrize(
@@ -70,8 +71,9 @@ def test_k_and_c_are_those_of_a_forward_pass(spec: TeacherSpec):
         planes = model.eval().forward_intermediates(
             torch.zeros(1, 3, 224, 224), indices=1, output_fmt="NCHW", intermediates_only=True
         )[0]
-    assert planes.shape[1] == spec.dim
-    assert planes.shape[2] * planes.shape[3] == spec.num_tokens
+    counts = COUNTS[spec.name]
+    assert planes.shape[1] == counts.dim
+    assert planes.shape[2] * planes.shape[3] == counts.num_tokens
 
 
 def test_the_authors_urls_are_verbatim():
@@ -99,7 +101,7 @@ def test_every_entry_states_what_a_reader_asks_for():
         assert key == spec.name
         assert spec.method and re.fullmatch(r"arXiv:\d{4}\.\d{5}", spec.paper or "")
         assert spec.input_size and spec.mean and spec.std and spec.norm is not None
-        assert spec.num_tokens and spec.dim and spec.parameters is not None
+        assert all(COUNTS[key][:2]) and (COUNTS[key].parameters > 0) is not spec.is_handcrafted
         assert (spec.weights is None) == (spec.license is None) == spec.baseline
 
 
