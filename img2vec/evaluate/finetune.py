@@ -43,7 +43,7 @@ from tokdiv.run_dir import locked_folder
 from tokdiv.teachers.teacher import Teacher
 
 CHECKPOINT, KIND = "checkpoint.pt", "img2vec finetune"
-NOT_RECORDED = ("micro_batch_size", "workers", "device")  # they do not change the result
+FREE = ("micro_batch_size", "workers", "device")  # settings that may change when a run is resumed
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def finetune(
         network.to(device)
         progress = _train(network, teacher, train_data, val_data, recipe, group, folder)
         last = progress.history[-1]
-        recorded = {k: v for k, v in vars(recipe).items() if k not in NOT_RECORDED}
+        recorded = {k: v for k, v in vars(recipe).items() if k not in FREE}
         skipped = len(progress.unusable), len(val_data) - progress.num_val
         results = Results(
             task="finetune",
@@ -280,14 +280,12 @@ def _identity(
     recipe: Recipe,
     group: Processes,
 ) -> str:
-    """What must be equal for a run to be resumed, as JSON; weights count by their hash, wherever they are."""
-    spec = teacher.spec.to_dict()
-    keys = ("architecture", "sha256", "mean", "std", "size", "arguments", "seed")
+    """What must be equal for a run to be resumed, as JSON."""
     identity = {
-        "model": {key: spec[key] for key in keys},
+        "model": teacher.spec.identity(),
         "train": train_data.source.fingerprint,
         "val": val_data.source.fingerprint,
-        "settings": {k: v for k, v in vars(recipe).items() if k not in NOT_RECORDED},
+        "settings": {k: v for k, v in vars(recipe).items() if k not in FREE},
         "world": group.world,
     }
     return json.dumps(identity, sort_keys=True)
