@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from img2vec.config import PRESETS, Config
+from img2vec.evaluate.segment_settings import SegmentSettings
 from img2vec.evaluate.settings import FinetuneSettings, KnnSettings, ProbeSettings
 from tokdiv import __version__
 from tokdiv.cli import (
@@ -38,6 +39,11 @@ Model = Annotated[
 ]
 Train = Annotated[str, typer.Option(metavar="DATA", help="Training images, with classes.")]
 Val = Annotated[str, typer.Option(metavar="DATA", help="Validation images, with classes.")]
+SEG_HELP = (
+    "{} images with masks: FOLDER with images/ and annotations/, torch/VOCSegmentation:root=FOLDER, "
+    "torch/Cityscapes:root=FOLDER or hfds/NAME. Options follow: :split=NAME, :ignore=255, "
+    ":reduce_zero_label=true, :classes=FILE."
+)
 Results = Annotated[
     Path | None,
     typer.Option("--out", "-o", metavar="DIR", help="Folder for results.json and results.csv."),
@@ -139,6 +145,21 @@ def finetune(
     from img2vec import evaluate
 
     _print_results(evaluate.finetune, settings, model, train, val, out)
+
+
+@app.command()
+@with_settings(SegmentSettings)
+def segment(
+    model: Model,
+    train: Annotated[str, typer.Option(metavar="SEG", help=SEG_HELP.format("Training"))],
+    val: Annotated[str, typer.Option(metavar="SEG", help=SEG_HELP.format("Validation"))],
+    settings: dict[str, Any],
+    out: Results = None,
+) -> None:
+    """Mean IoU of segmentation: a linear layer or nearest neighbors on frozen tokens, or UPerNet, fine-tuned."""
+    from img2vec import evaluate
+
+    _print_results(evaluate.segment, settings, model, train, val, out)
 
 
 @app.command("export")
