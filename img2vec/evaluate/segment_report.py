@@ -18,9 +18,8 @@ from img2vec.evaluate.results import Results
 from img2vec.evaluate.segmentation_figures import class_colors, loss_figure, predictions_figure
 from tokdiv.errors import first_line
 from tokdiv.figures.style import save_figure
-from tokdiv.ranking import versions
-from tokdiv.report.page import NARROW, SKIPPED, inline_figure, render, repeat_command
-from tokdiv.run_dir import write_atomic
+from tokdiv.report.page import MAX_SKIPPED, NARROW, inline_figure, render, repeat_command
+from tokdiv.run_dir import versions, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +111,7 @@ def _write_report(
         keys=[example.key for example in examples],
         mistakes=most_frequent_mistakes(confusion, classes),
         losses=_losses(results.history),
-        skipped=skipped[:SKIPPED],
+        skipped=skipped[:MAX_SKIPPED],
         num_skipped=len(skipped),
         repeat=repeat_command({"command": sys.argv, "world": world}, "img2vec"),
         versions=versions(),

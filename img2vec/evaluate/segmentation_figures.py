@@ -12,10 +12,10 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from img2vec.evaluate.confusion import IGNORED
-from tokdiv.figures.style import PALETTE, QUERY_COLOR, STYLE, fit_name
+from tokdiv.figures.style import PALETTE, STYLE, fit_name
 
 COLUMNS = ("image", "ground truth", "prediction", "error")
-RIGHT, WRONG, UNLABELED = (222, 226, 228), QUERY_COLOR, (255, 255, 255)
+RIGHT, WRONG, UNLABELED = (222, 226, 228), "#E8000B", (255, 255, 255)
 LONGEST = 480  # pixels of a panel's longer side: more cannot be seen
 LEGEND = 24  # at most so many classes
 
