@@ -1,9 +1,9 @@
-"""Everything that `make bench` measures, one script after the other; the results are in results/MACHINE.md.
+"""Run the benchmarks of `make bench` one after the other; their results go to results/MACHINE.md.
 
     python benchmarks/bench.py
 
-Each script also runs alone, on a GPU as well where it has --device. What takes hours of data or of training,
-and does not depend on the machine, is not among them: certify, precision, report_size, pretrain_learns, figure1.
+Each script also runs alone, on a GPU as well where it has --device. Scripts that take hours, or whose results do
+not depend on the machine, are left out: certify, precision, report_size, correspondence, pretrain_learns, figure1.
 """
 
 import subprocess

@@ -1,11 +1,11 @@
-"""Wall time and images of a certified order, against measuring everything and against the obvious script.
+"""Time and images of a certified order, compared with measuring everything and with the obvious script.
 
     TOKDIV_DATA=DATA python benchmarks/certified_order.py
 
 On the real images and networks of TOKDIV_DATA: `tokdiv rank --certify order` and `--certify none`, and the
-obvious script on a part of the images, scaled up. Then the same for ImageNet's 1,281,167 images: the scores
-measured here are drawn from with replacement, as often as ImageNet has images, and judged by the same certifier
-at the same looks; what that means in time follows from the rates measured here.
+obvious script on a part of the images, scaled up. Then the same is simulated for ImageNet's 1,281,167 images:
+as many scores are drawn with replacement from those measured here, and judged by the same certifier at the same
+looks; the time follows from the rates measured here.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def timed(function) -> tuple[object, float]:
 
 
 def obvious_models(loaded: list[tokdiv.Teacher]) -> dict[str, torch.nn.Module]:
-    """The same networks as timm makes them; the ResNet-18's missing last stage stays untrained."""
+    """The same networks, created by timm; the ResNet-18's missing last stage stays untrained."""
     models = {}
     for spec in loaded:
         arguments = dict(spec.spec.arguments)
@@ -104,7 +104,7 @@ def main() -> None:
             f"| {name} | {used.get(key, len(paths)):,} | {seconds[key]:.1f} "
             f"| {seconds[key] / seconds['order']:.2f} |"
         )
-    lower = -1 / (min(teacher.num_tokens for teacher in loaded) - 1)  # as `tokdiv rank` takes it
+    lower = -1 / (min(teacher.num_tokens for teacher in loaded) - 1)  # as in `tokdiv rank`
     found = [
         images_to_certify(measured, lower, IMAGENET, seed, limit=LIMIT)
         for seed in range(arguments.simulations)
@@ -117,7 +117,7 @@ def main() -> None:
     rows += [
         "",
         f"The same six networks on N = {IMAGENET:,} images: {sum(n is not None for n in found)} of {len(found)} "
-        f"simulated orders were certified within {LIMIT:,} images; the middle one took {needed:,} "
+        f"simulated orders were certified within {LIMIT:,} images; the median one took {needed:,} "
         f"({needed / IMAGENET:.2%} of ImageNet), the last {counts[-1]:,}. At the rates measured here that is "
         f"{minutes:.1f} minutes, against {hours:.1f} hours for everything and "
         f"{IMAGENET / script_rate / 3600:.1f} hours for the obvious script.",

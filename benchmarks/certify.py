@@ -1,7 +1,7 @@
-"""What the certificates promise, by simulation: coverage, wrong orders, images needed, width, cost.
+"""Simulate what the certificates promise: coverage, wrong orders, images needed, width, cost.
 
-Every claim is set beside a naive rule that ignores the number of looks, which the same simulation
-catches. No data is needed.
+Each claim is compared with a naive rule that ignores the number of looks, and that fails in the same
+simulation. No data is needed.
 
     python benchmarks/certify.py [--sets 2000] [--repeats 101] [--seed 0]
 """
@@ -110,7 +110,7 @@ def wrong_orders(sets: int, num_images: int, rng: Rng) -> dict[str, tuple[float,
         for _ in range(sets):
             scores = draw(rng, num_images)
             means = np.round(scores.mean(axis=0), 12)
-            scores = scores[: num_images - 1]  # the last image would settle every pair exactly
+            scores = scores[: num_images - 1]  # with the last image every pair is known exactly
             certificate = certify_order(scores, num_images, WRONG, TIE, 0, 1)
             false_certificates += any(
                 (pair.state == "decided" and means[pair.second] - means[pair.first] < 1e-9)
@@ -125,7 +125,7 @@ def wrong_orders(sets: int, num_images: int, rng: Rng) -> dict[str, tuple[float,
 
 
 def naive_is_wrong(scores: np.ndarray, means: np.ndarray, num_images: int) -> bool:
-    """Whether t-tests of each pair at delta / pairs, repeated every ten images, once err.
+    """Whether t-tests of each pair at delta / pairs, repeated every ten images, are ever wrong.
 
     They decide when the gap differs significantly from 0, and call it a tie when it is significantly
     below `TIE` on both sides.
@@ -233,7 +233,7 @@ def main() -> None:
             for name in VALUES
         ),
         "",
-        f"## Certificates with anything false in them ({sets:,} data sets of {num_images} images)",
+        f"## Certificates with a false statement ({sets:,} data sets of {num_images} images)",
         "",
         f"Promised: at most {WRONG:.0%} (simulation noise {noise:.1%}); all images but the last are "
         f"seen, a tie is a gap below {TIE}. Naive: t-tests of each pair every ten images.",

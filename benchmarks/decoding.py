@@ -1,4 +1,4 @@
-"""Ways to turn a JPEG into the view of 224 px: images per second of one core, and what each does to the score.
+"""Ways to decode a JPEG into the view of 224 px: images/s of one core, and the effect of each on the score.
 
     python benchmarks/decoding.py [IMAGES]
 
@@ -51,7 +51,7 @@ def torchvision(data: bytes) -> torch.Tensor:
 
 
 def ways() -> dict[str, View]:
-    """The ways at hand, the yardstick first."""
+    """The installed ways, the reference first."""
     found: dict[str, View] = {
         "Pillow": pillow,
         "Pillow, draft mode": lambda data: pillow(data, draft=True),
@@ -108,7 +108,7 @@ def main() -> None:
     folder = arguments.images or (Path(data) / "imagenet_originals" if data else samples)
     paths = [p for p in sorted(folder.rglob("*")) if p.suffix.lower() in (".jpg", ".jpeg")]
     files = [path.read_bytes() for path in paths[: arguments.num_images]]
-    # Every way has to be able to read every file: grayscale and CMYK are left to the tests.
+    # Every way must be able to read every file: grayscale and CMYK are left to the tests.
     files = [data for data in files if Image.open(io.BytesIO(data)).mode == "RGB"]
     found = ways()
     torch.set_num_threads(1)
@@ -152,8 +152,8 @@ def main() -> None:
     rows += [
         "",
         f"{len(files)} JPEGs of {folder.name}, {arguments.repeats} interleaved repeats; S(x) of {teachers} in "
-        f"float32, in comparison with Pillow's view. Batched nvJPEG on a GPU: {nvjpeg}.",
-        "tokdiv reads by torchvision, which it needs anyhow. The fastest way here within the limit: "
+        f"float32, compared with Pillow's view. Batched nvJPEG on a GPU: {nvjpeg}.",
+        "tokdiv decodes with torchvision, which it needs anyway. The fastest way here within the limit: "
         f"{fastest}.",
     ]
     machine.record("decoding", result, "\n".join(rows), "cuda" if on_gpu else "cpu")

@@ -1,4 +1,4 @@
-"""Does a more diverse teacher make a better student? Figure 1 of Img2Vec (arXiv 2304.12535), real and small.
+"""Does a more diverse teacher make a better student? Figure 1 of Img2Vec (arXiv 2304.12535) at small scale.
 
     TOKDIV_DATA=DATA python benchmarks/figure1.py
 
@@ -56,7 +56,7 @@ MEASURES = {"knn": "k-NN accuracy", "probe": "linear probe accuracy"}
 
 
 def candidates(data: Path) -> list[str]:
-    """SPECs: small but trained, untrained of the same architectures, classical, and real weights."""
+    """SPECs of small trained networks, untrained ones of the same architectures, baselines, and real weights."""
     real = [spec for spec in real_teachers(data) if not spec.startswith("mobilenet")]
     return [
         "sample_mae_vit",
@@ -73,7 +73,7 @@ def candidates(data: Path) -> list[str]:
 def student_accuracy(
     spec: tokdiv.TeacherSpec, seed: int, data: Path, folder: Path
 ) -> dict[str, float]:
-    """Pretrain a student and measure it; what was measured before is read back."""
+    """Pretrain a student and measure it, unless an earlier call did."""
     config = Config.from_dict(CONFIG.to_dict() | {"seed": seed})
     what = json.dumps([config.to_dict(), spec.to_dict()], sort_keys=True)
     done = folder / f"{spec.name}-{seed}-{hashlib.sha256(what.encode()).hexdigest()[:8]}.json"
@@ -183,7 +183,7 @@ def main() -> None:
     parser.add_argument("--data", default=os.environ.get("TOKDIV_DATA"))
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument(
-        "--num-images", type=int, default=None, help="of the ranking [default: all]"
+        "--num-images", type=int, default=None, help="images of the ranking [default: all]"
     )
     parser.add_argument("--work", default=ROOT / "runs" / "figure1", help="where students are kept")
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""What a benchmark's figures hold for, and how they are written down."""
+"""The machine and versions of a benchmark, and the files that its results are written to."""
 
 import json
 import os
@@ -14,7 +14,7 @@ import timm
 import torch
 import torchvision
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs uninstalled too
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs without installing
 RESULTS = Path(__file__).parent / "results"
 PARTS = {  # what `make bench` measures, in the order of the page
     "ranking": "Ranking throughput",
@@ -47,7 +47,7 @@ def describe(device: str = "cpu") -> dict[str, Any]:
 
 
 def median(values: Sequence[float]) -> float:
-    """The middle of paired repeats."""
+    """The median of paired repeats."""
     return statistics.median(values)
 
 
@@ -63,7 +63,7 @@ def write(name: str, title: str, result: dict[str, Any], table: str) -> None:
 def record(part: str, result: dict[str, Any], table: str, device: str = "cpu") -> None:
     """Enter one benchmark into MACHINE.json and MACHINE.md under results/, and print its table.
 
-    What other benchmarks entered there stays; those that were not run on this machine are named.
+    Results of other benchmarks stay; those that were not run on this machine are listed as not measured.
     """
     described = describe(device)
     name = re.sub(r"[^a-z0-9]+", "-", described["device"].lower()).strip("-")

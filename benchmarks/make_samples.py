@@ -1,4 +1,4 @@
-"""Make the sample photographs that ship with tokdiv from photographs in scikit-image's wheel.
+"""Cut the sample photographs that ship with tokdiv out of those in scikit-image's wheel.
 
 Only photographs that scikit-image's documentation states to be in the public domain or under
 CC0 are used; 'no known copyright restrictions' (coins, ihc) or no statement at all (moon,

@@ -1,6 +1,6 @@
-"""What one would write in half an hour: one pass a teacher, DataLoader, PIL, K x K matrix. The yardstick.
+"""What one would write in half an hour: one pass per teacher, DataLoader, PIL, K x K matrix.
 
-Correct, and the baseline that `rank_throughput.py` compares with; `dtype` gives it bfloat16 autocast on a GPU.
+It is correct, and `rank_throughput.py` compares with it; `dtype` gives it bfloat16 autocast on a GPU.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What bfloat16 does to the scores: shift of each teacher's mean, and of each pair's difference.
+"""Effect of bfloat16 on the scores: the shift of each teacher's mean, and of each pair's difference.
 
     TOKDIV_DATA=DATA python benchmarks/precision.py
 
@@ -83,7 +83,7 @@ def main() -> None:
         "shifts": shifts,
         "pair_shifts": pairs,
     }
-    machine.write("precision", "What bfloat16 does to the mean similarity", result, "\n".join(rows))
+    machine.write("precision", "Effect of bfloat16 on the mean similarity", result, "\n".join(rows))
 
 
 if __name__ == "__main__":

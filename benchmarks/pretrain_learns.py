@@ -4,8 +4,8 @@
 
 On `caltech40` (40 classes of Caltech-101) with a ResNet-18's third stage as the teacher, for three seeds: the
 student is exported untrained and pretrained, and both are measured by the same weighted k-NN, train against
-val; labels are used for nothing else. The loss of the last epoch is set beside that of two predictions that
-need no image: the mean of all target tokens, and their mean at each place.
+val; labels are used for nothing else. The loss of the last epoch is compared with that of two predictions that
+need no image: the mean of all target tokens, and their mean at each position.
 
 Writes results/pretrain_learns.{json,md}.
 """
@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import machine  # noqa: F401  (lets it run uninstalled)
+import machine  # noqa: F401  (lets it run without installing)
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -57,7 +57,7 @@ CONFIG = Config(
 
 
 def untrained(config: Config, folder: Path) -> Path:
-    """The student as pretraining of this seed begins with it, exported."""
+    """The initial student of a pretraining with this seed, exported."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         student = make_student(config)
@@ -79,7 +79,7 @@ def accuracy(student: Path, data: Path) -> dict[str, float]:
 
 
 def constant_losses(config: Config, data: Path, spec: str) -> dict[str, float]:
-    """Smooth L1 of predicting the targets' mean, and their mean at each place, on an epoch of views."""
+    """Smooth L1 of predicting the targets' mean, and their mean at each position, on an epoch of views."""
     teacher = load_teacher(spec, image_size=config.image_size)
     layout = plan_layout(config.image_size, 16, config.mask_unit, config.mask_ratio, teacher.grid)
     source = open_source(str(data / "train"))

@@ -1,12 +1,12 @@
-"""Images per second of a pretraining step, beside the implementations a user would pick instead.
+"""Images/s of a pretraining step, compared with the implementations a user would pick instead.
 
     python benchmarks/pretrain_throughput.py                  # a CPU: ViT-S, batch 32
     python benchmarks/pretrain_throughput.py --device cuda --student vit_base --batch-size 256
 
 The same student (depth, widths, 80 of 196 patches visible, the same decoder), batch and fused AdamW for all:
 `pixels` as the teacher against lightly's masked-autoencoder modules and Hugging Face's
-ViTMAEForPreTraining; then a ResNet-50 teacher against the bound made of the bare student step plus the
-bare teacher's forward pass. Ours is timed as it is used, from uint8 images; the peers get normalized float
+ViTMAEForPreTraining; then a ResNet-50 teacher against the time of a bare student step plus the bare
+teacher's forward pass. Ours is timed as it is used, from uint8 images; the peers get normalized float
 images. Each variant has a process of its own, as a user's would be: it makes one step to warm up, then the
 processes take turns, one step each; figures are medians of the repeats' ratios. On a CPU ours runs as `img2vec
 pretrain` does, with freed memory kept. Peak memory is the kernel's record of a process that builds the variant and
@@ -51,7 +51,7 @@ from tokdiv.memory import M_MMAP_THRESHOLD, freed_memory_kept
 Step = Callable[[], None]
 SAMPLES = Path(__file__).parent.parent / "tokdiv" / "samples" / "images"
 RESNET = "timm:resnet50@random"  # speed does not depend on the weights
-HIDDEN = 116  # of 196 patches: what round(0.6 * 49) blocks of 32 px hide
+HIDDEN = 116  # of 196 patches: round(0.6 * 49) blocks of 32 px are masked
 PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense, from NVIDIA's data sheets
 
 
@@ -251,7 +251,7 @@ def seconds(step: Step, device: str) -> float:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of a step by variant; within a group the variants take turns, each time from another on."""
+    """Seconds of a step by variant; within a group the variants take turns, starting from another one each time."""
     fork = multiprocessing.get_context("fork")
     times: dict[str, list[float]] = {}
     for group in GROUPS:
@@ -261,7 +261,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, list[float]]:
             process = fork.Process(target=serve, args=(there, arguments, name), daemon=True)
             process.start()
             served[name] = (process, here)
-            here.recv()  # it is warm: the next one is built when this one rests
+            here.recv()  # it is warm: the next one is built while this one waits
         times |= {name: [] for name in group}
         for repeat in range(arguments.repeats):
             shift = repeat % len(group)
@@ -286,7 +286,7 @@ def serve(connection: Connection, arguments: argparse.Namespace, name: str) -> N
         connection.send(None)
         while connection.recv():
             if on_gpu:
-                step()  # it gave its cache to the others
+                step()  # the other processes have used its cache since
             connection.send(seconds(step, arguments.device))
             if on_gpu:
                 torch.cuda.empty_cache()
@@ -300,7 +300,7 @@ def peak_memory(arguments: argparse.Namespace, name: str) -> float:
         # keeps of them by chance differs from run to run by tens of MiB.
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 128 * 1024)
         gc.collect()
-        Path("/proc/self/clear_refs").write_text("5")  # the kernel's record of the peak begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the kernel's record of the peak
         before = kibibytes("VmRSS")
     step = VARIANTS[name](arguments)
     for _ in range(2):
@@ -317,7 +317,7 @@ def kibibytes(field: str) -> int:
 
 
 def peak_memories(arguments: argparse.Namespace) -> dict[str, float]:
-    """Of variants, in a process of its own each."""
+    """Peak memory of each variant, in its own process."""
     with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
         measured = pool.map(functools.partial(peak_memory, arguments), MEASURED_MEMORY, chunksize=1)
     return dict(zip(MEASURED_MEMORY, measured))
@@ -342,7 +342,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
-    # Imported before the processes are forked, so that imports are in nobody's figure; forked before this one
+    # Imported before the processes are forked, so that no figure includes imports; forked before this process
     # has threads or a GPU.
     import lightly.models.modules  # noqa: F401
     import transformers.models.vit_mae.modeling_vit_mae  # noqa: F401
@@ -399,7 +399,7 @@ def main() -> None:
     result["milliseconds_an_image"] = parts
     if arguments.device == "cuda":
         result["model_flops_utilisation"] = utilisation(arguments, rates)
-    text = ["| a step of | images/s (median) | peak memory, MiB |", "| --- | ---: | ---: |"]
+    text = ["| step of | images/s (median) | peak memory, MiB |", "| --- | ---: | ---: |"]
     text += [
         f"| {n} | {r:.2f} | {memory[n]:.0f} |" if n in memory else f"| {n} | {r:.2f} | |"
         for n, r in rates.items()
@@ -407,7 +407,7 @@ def main() -> None:
     text += ["", "| img2vec's speed | median (least to most) |", "| --- | ---: |"]
     text += [f"| {name} | {spread(values)} |" for name, values in ratios.items()]
     whole = sum(parts.values())
-    text += ["", "| with a ResNet-50, bfloat16 | ms an image | share |", "| --- | ---: | ---: |"]
+    text += ["", "| with a ResNet-50, bfloat16 | ms per image | share |", "| --- | ---: | ---: |"]
     text += [f"| {name} | {ms:.1f} | {ms / whole:.1%} |" for name, ms in parts.items()]
     text += [
         "",
@@ -424,7 +424,7 @@ def main() -> None:
 
 
 def step_parts(arguments: argparse.Namespace, times: dict[str, list[float]]) -> dict[str, float]:
-    """Milliseconds an image of each part of a step with a ResNet-50 teacher in bfloat16."""
+    """Milliseconds per image of each part of a step with a ResNet-50 teacher in bfloat16."""
     layout = plan_layout(224, 16, 32, 0.6, (7, 7))
     view = View(224, (0.2, 1.0), layout, seed=0)
     files = [path.read_bytes() for path in sorted(SAMPLES.glob("*.jpg"))]

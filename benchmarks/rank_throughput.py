@@ -1,13 +1,13 @@
-"""Images per second of the ranking loop, over the bare forward passes and over the obvious script.
+"""Images/s of the ranking loop, compared with the bare forward passes and with the obvious script.
 
     python benchmarks/rank_throughput.py [IMAGES]
 
 The architectures are those of the paper's four teachers, with untrained weights, which cost the same. IMAGES is a
 folder; by default the photographs that ship with the package. All three ways take turns in one process, so
-that a noisy machine is noisy for all of them; what is reported are medians of the repeats' ratios.
+that a noisy machine is noisy for all of them; the results are medians of the repeats' ratios.
 
-The matrix peak is measured in the same run, by the largest product that ViT-B has at this batch size: it tells
-how near to the machine's limit each teacher runs, and how far above the script any loop could come.
+The matrix peak is measured in the same run, with the largest product of ViT-B at this batch size: it tells how
+close to the machine's limit each teacher runs, and how much faster than the script any loop could be.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from obvious_script import mean_similarities
 from torch.utils.flop_counter import FlopCounterMode
 
 import tokdiv
-import tokdiv.measure
+import tokdiv.judge
 from tokdiv.data.decode import center_view, decode_image
 from tokdiv.dist import choose_device, choose_dtype
 from tokdiv.memory import freed_memory_kept
@@ -59,7 +59,7 @@ def main() -> None:
     num_images = arguments.num_images or (4096 if gpu else 32)
     script_images = arguments.script_images or num_images // 4
     dtype = choose_dtype("auto", device)
-    tokdiv.measure.MEAN_IMAGES = 2  # so that the centred similarity is computed, as in a long run
+    tokdiv.judge.MEAN_IMAGES = 2  # so that the centred similarity is computed, as in a long run
 
     teachers = [
         tokdiv.load_teacher(f"{name}=timm:{arch}@random:seed={n}", device=device, dtype=dtype)
@@ -102,15 +102,15 @@ def main() -> None:
         f"| {machine.median(ratios['script']):.2f} | {TARGETS['script'][gpu]} |",
         "",
         f"The three similarities (raw, centred, 7x7) take {share:.2%} of the forward passes' time; the raw one "
-        f"alone, which the order is made of, {parts['raw']:.2%}.",
+        f"alone, which decides the order, {parts['raw']:.2%}.",
         f"{num_images} images ({script_images} for the script) in batches of {batch_size}, "
         f"{arguments.repeats} paired repeats.",
     ]
     flops = {teacher.name: _flops(teacher) for teacher in teachers}
     whole = sum(steps.values())
-    rows += ["", "| one image | ms | share |", "| --- | ---: | ---: |"]
+    rows += ["", "| per image | ms | share |", "| --- | ---: | ---: |"]
     rows += [f"| {name} | {ms:.2f} | {ms / whole:.1%} |" for name, ms in steps.items()]
-    rows += ["", "| teacher | GFLOP an image | of the matrix peak |", "| --- | ---: | ---: |"]
+    rows += ["", "| teacher | GFLOP per image | of the matrix peak |", "| --- | ---: | ---: |"]
     shares = {}
     for teacher in teachers:
         speed = flops[teacher.name] / (steps[f"forward, {teacher.name}"] / 1000)
@@ -124,8 +124,8 @@ def main() -> None:
         "",
         f"Matrix peak: {peaks[torch.bfloat16] / 1e9:.0f} GFLOP/s in bfloat16, {peaks[torch.float32] / 1e9:.0f} in "
         f"float32. The script runs at {script_speed / 1e9:.0f} GFLOP/s: a loop of matrix products alone, at the "
-        f"peak and with everything else for nothing, would be {ceiling:.2f} times as fast.",
-        "Decoding runs in threads beside the forward passes.",
+        f"peak and with everything else free, would be {ceiling:.2f} times as fast.",
+        "Decoding runs in threads during the forward passes.",
     ]
     if kept:
         rows.append(
@@ -153,7 +153,7 @@ def main() -> None:
 def _milliseconds(
     paths: list[Path], teachers: list[tokdiv.Teacher], views: torch.Tensor, device: torch.device
 ) -> dict[str, float]:
-    """Of one image: reading, decoding and the view in one thread, the copy, each forward pass."""
+    """Milliseconds per image: reading, decoding and the view in one thread, the copy, each forward pass."""
     torch.set_num_threads(1)
     paths, spent = paths[:64], {}
 
@@ -217,7 +217,7 @@ def _rank(folder: str, teachers: list[tokdiv.Teacher], batch_size: int, device: 
 def _bound(
     teachers: list[tokdiv.Teacher], views: torch.Tensor, num_images: int, device: torch.device
 ) -> float:
-    """The networks alone, on a normalized batch that lies in memory."""
+    """The networks alone, on a normalized batch in memory."""
     images = [teacher._normalized(views) for teacher in teachers]
     _wait(device)
     begun, done = time.perf_counter(), 0
@@ -262,7 +262,7 @@ def _gain_of_kept_memory(
 def _similarity_milliseconds(
     teachers: list[tokdiv.Teacher], views: torch.Tensor, device: torch.device
 ) -> dict[str, float]:
-    """Of one image, for all teachers together: each of the similarities."""
+    """Milliseconds per image of each similarity, for all teachers together."""
     spent = {"raw": 0.0, "centred": 0.0, "7x7": 0.0}
     with torch.inference_mode():
         for teacher in teachers:

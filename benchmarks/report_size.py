@@ -1,10 +1,10 @@
-"""How long the report of a large ranking takes, and how large the page is.
+"""Time and size of the report of a large ranking.
 
     python benchmarks/report_size.py [--num-images 1280000] [--num-teachers 10]
 
-A RUN of drawn scores, without images behind it: what is timed is `tokdiv report RUN` less the similarity maps,
-which are three images whatever the size of the ranking. CPU seconds are given beside those of the clock, as other
-work on the machine does not count in them.
+A RUN of simulated scores, without images: `tokdiv report RUN` is timed without the similarity maps, which show
+three images whatever the size of the ranking. CPU seconds are given as well, as other work on the machine does not
+count in them.
 """
 
 import argparse
@@ -16,10 +16,10 @@ import machine
 import numpy as np
 
 from tokdiv.certify import OrderCertifier
+from tokdiv.config import Settings
 from tokdiv.data.source import Source
-from tokdiv.measure import Settings
-from tokdiv.ranking import make_ranking
-from tokdiv.report.build import FILES, write_report
+from tokdiv.ranking import REPORT_FILES, make_ranking
+from tokdiv.report.build import write_report
 from tokdiv.scores import CHUNK, MEASURES, ScoreTable
 from tokdiv.teachers.spec import TeacherSpec
 
@@ -57,7 +57,8 @@ def make_run(folder: Path, num_images: int, num_teachers: int) -> None:
         dict.fromkeys(names, "float32"),
         {},
     )
-    ranking.write(folder, table)
+    table.write_results(folder, names)
+    ranking.write(folder)
 
 
 def main() -> None:
@@ -73,7 +74,7 @@ def main() -> None:
         begun, used = time.perf_counter(), time.process_time()
         write_report(folder)
         seconds, cpu_seconds = time.perf_counter() - begun, time.process_time() - used
-        megabytes = {file: (folder / file).stat().st_size / 1e6 for file in FILES}
+        megabytes = {file: (folder / file).stat().st_size / 1e6 for file in REPORT_FILES}
     result = {
         "machine": machine.describe(),
         "num_images": arguments.num_images,
@@ -87,7 +88,7 @@ def main() -> None:
         "| images | teachers | seconds | CPU seconds | report.html |",
         "| ---: | ---: | ---: | ---: | ---: |",
         f"| {arguments.num_images:,} | {arguments.num_teachers} | {seconds:.1f} | {cpu_seconds:.1f} | "
-        f"{megabytes[FILES[0]]:.2f} MB |",
+        f"{megabytes[REPORT_FILES[0]]:.2f} MB |",
         "",
         f"Targets: at most {LIMITS['seconds']} s and {LIMITS['megabytes']} MB at 1,280,000 images and 10 "
         f"teachers. Where the two times differ much, the machine was busy with other work.",

@@ -1,10 +1,10 @@
-"""How the cost of a ranking grows: with processes, images, teachers, tokens and width; and its memory.
+"""How the cost of a ranking grows with processes, images, teachers, tokens and width; and its memory.
 
     python benchmarks/scaling.py
 
-Processes run with one thread each through torchrun and rank a few images first, so that starting them is in
-nobody's figure. Memory is the peak of a process that enters and judges the scores of simulated images and
-teachers and writes the ranking, as `tokdiv rank` does, without networks.
+torchrun starts processes of one thread each, which rank a few images first, so that no figure includes the
+start. Memory is the peak of a process that records and judges the scores of simulated images and teachers and
+writes the ranking, as `tokdiv rank` does, without networks.
 """
 
 import argparse
@@ -22,9 +22,10 @@ import numpy as np
 import torch
 
 import tokdiv
+from tokdiv.config import Settings
 from tokdiv.data.source import Source
 from tokdiv.dist import processes
-from tokdiv.measure import Settings, _Judge, _Plan, _Step
+from tokdiv.judge import Judge, Plan, Share
 from tokdiv.ranking import make_ranking
 from tokdiv.scores import MEASURES, ScoreTable
 from tokdiv.similarity import token_similarity
@@ -48,7 +49,7 @@ def copies(count: int, folder: Path) -> Path:
 def process_rates(
     counts: list[int], images: Path, few: int, many: int, repeats: int
 ) -> dict[int, list[float]]:
-    """Images/s of so many processes of one thread each, `many` images a process."""
+    """Images/s of a number of processes of one thread each, with `many` images per process."""
     # On a CPU one thread each; torchrun itself sets that for processes on GPUs too.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     rates: dict[int, list[float]] = {count: [] for count in counts}
@@ -113,7 +114,7 @@ def peak_bytes(count: int) -> int:
 
 
 def simulate(count: int) -> None:
-    """Enter and judge simulated scores; prints the peak of the resident memory in bytes."""
+    """Record and judge simulated scores; prints the peak of the resident memory in bytes."""
     teachers = [
         tokdiv.Teacher(torch.nn.Identity(), lambda x: x.flatten(2)[:, :, :4], size=8, name=f"t{n}")
         for n in range(SIMULATED_TEACHERS)
@@ -122,15 +123,13 @@ def simulate(count: int) -> None:
     settings = Settings(certify="none", batch_size=64)
     with tempfile.TemporaryDirectory() as folder:
         table = ScoreTable([t.name for t in teachers], source.key, Path(folder))
-        judge = _Judge(table, teachers, source, settings)
+        judge = Judge(table, teachers, source, settings)
         generator = np.random.default_rng(0)
         while plan := judge.plan():
             start = plan.start
             while start < plan.stop:
                 stop = min(start + 4096, plan.stop)
-                verdict = judge.judge(
-                    [simulated_step(generator, plan, start, stop)], plan, start, stop
-                )
+                verdict = judge.take([simulated_share(generator, plan, start, stop)], plan)
                 start = stop
                 if verdict.replan:
                     break
@@ -143,7 +142,8 @@ def simulate(count: int) -> None:
             dict.fromkeys(table.teachers, "float32"),
             {},
         )
-        ranking.write(Path(folder), table)
+        table.write_results(Path(folder), [teacher.name for teacher in ranking.teachers])
+        ranking.write(Path(folder))
     print(peak_memory())
 
 
@@ -161,17 +161,17 @@ def simulated_source(count: int) -> Source:
     return Source("simulated", count, "simulated", key_of="{:08d}.jpg".format)
 
 
-def simulated_step(generator: np.random.Generator, plan: _Plan, start: int, stop: int) -> _Step:
+def simulated_share(generator: np.random.Generator, plan: Plan, start: int, stop: int) -> Share:
     """Scores as real networks give them: means 0.01 apart, sd 0.08."""
-    shape = (stop - start, len(plan.active), len(MEASURES))
-    means = 0.3 + 0.01 * np.array(plan.active)[None, :, None]
+    shape = (stop - start, len(plan.columns), len(MEASURES))
+    means = 0.3 + 0.01 * np.array(plan.columns)[None, :, None]
     scores = generator.normal(means, 0.08, shape).clip(-0.3, 1).astype(np.float32)
     tokens = (
-        [np.zeros((stop - start, 4), np.float32) for _ in plan.active] if not plan.means else []
+        [np.zeros((stop - start, 4), np.float32) for _ in plan.columns] if not plan.means else []
     )
     positions = np.arange(start, stop)
     keys = [f"{n:08d}.jpg" for n in positions]
-    return _Step(positions, keys, [None] * len(positions), scores, tokens, 0)
+    return Share(start, stop, positions, keys, [None] * len(positions), scores, tokens, 0)
 
 
 def main() -> None:
@@ -211,7 +211,7 @@ def main() -> None:
         rank_seconds(images, teachers, 16)
         rows += [
             "",
-            "| images (1 teacher) | ms an image | | teachers (48 images) | ms an image and teacher |",
+            "| images (1 teacher) | ms per image | | teachers (48 images) | ms per image and teacher |",
         ]
         rows.append("| ---: | ---: | --- | ---: | ---: |")
         by_images, by_teachers = {}, {}
@@ -223,7 +223,7 @@ def main() -> None:
             )
         result |= {"ms_by_images": by_images, "ms_by_teachers": by_teachers}
     sizes = [(49, 2048), (196, 384), (196, 768), (196, 1024), (784, 768)]
-    rows += ["", "| K x C | similarity, us an image | ns a number |", "| --- | ---: | ---: |"]
+    rows += ["", "| K x C | similarity, us per image | ns per number |", "| --- | ---: | ---: |"]
     result["similarity_seconds"] = {}
     for K, C in sizes:
         seconds = similarity_seconds(K, C) / 16
@@ -234,7 +234,7 @@ def main() -> None:
     result |= {"peak_bytes": peaks, "bytes_an_image": growth}
     rows += [
         "",
-        f"Memory: {growth:.0f} bytes an image from 1,000 to 1,000,000 images with {SIMULATED_TEACHERS} teachers "
+        f"Memory: {growth:.0f} bytes per image from 1,000 to 1,000,000 images with {SIMULATED_TEACHERS} teachers "
         f"(target: at most 300); {peaks[1_000] / 2**20:.0f} and {peaks[1_000_000] / 2**20:.0f} MiB.",
     ]
     device = "cuda" if gpus else "cpu"

@@ -1,4 +1,4 @@
-"""How long the command line takes to answer, and to the first scored image of a cached ResNet-50.
+"""Time until the command line answers, and until the first scored image of a cached ResNet-50.
 
     python benchmarks/start_up.py
 
@@ -23,13 +23,12 @@ ROOT = Path(__file__).resolve().parent.parent
 FIRST_SCORE = """
 import os, sys
 import tokdiv.cli
-import tokdiv.measure
-finish = tokdiv.measure._Launched.finish
-def first(launched):
-    print(finish(launched).scores)
+import tokdiv.judge
+def first(judge, shares, plan):
+    print(shares[0].scores)
     sys.stdout.flush()
     os._exit(0)
-tokdiv.measure._Launched.finish = first
+tokdiv.judge.Judge.take = first
 tokdiv.cli.main()
 """
 BARE = """

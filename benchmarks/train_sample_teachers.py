@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import machine  # noqa: F401  (lets it run uninstalled)
+import machine  # noqa: F401  (lets it run without installing)
 import timm
 import torch
 from lightly.loss import DINOLoss

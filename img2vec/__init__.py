@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from img2vec.evaluate.finetune import finetune
     from img2vec.evaluate.knn import knn
     from img2vec.evaluate.probe import probe
+    from img2vec.evaluate.segment import segment
     from img2vec.export import export
     from img2vec.train import pretrain
 
@@ -26,8 +27,9 @@ _HOMES = {
     "knn": "evaluate.knn",
     "pretrain": "train",
     "probe": "evaluate.probe",
+    "segment": "evaluate.segment",
 }
 
-__all__ = ["PRESETS", "Config", "export", "finetune", "knn", "pretrain", "probe"]
+__all__ = ["PRESETS", "Config", "export", "finetune", "knn", "pretrain", "probe", "segment"]
 
 __getattr__, __dir__ = lazy_names(__name__, _HOMES)

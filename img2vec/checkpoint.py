@@ -29,6 +29,8 @@ from img2vec.config import Config
 from img2vec.model import encoder_state
 from tokdiv.errors import RunError, UsageError, first_line
 from tokdiv.run_dir import write_atomic
+from tokdiv.settings import option
+from tokdiv.teachers.spec import LoadedSpec
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +59,7 @@ def write_checkpoint(path: Path, kind: str, state: Mapping[str, Any]) -> None:
     """
 
     def write(file: BinaryIO) -> None:
-        hashed = _Hashed(file)
+        hashed: Any = _Hashed(file)
         torch.save({"format": FORMAT, "kind": kind, **state}, hashed)
         # Readers of zip files search for the end of the archive from the back and skip what follows it.
         file.write(f"\nsha256:{hashed.sha256.hexdigest()}\n".encode())
@@ -140,7 +142,8 @@ def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
 
 def model_state(model: nn.Module) -> dict[str, Tensor]:
     """The weights alone, as in `training_state`."""
-    return get_model_state_dict(model, options=WHOLE)
+    weights: Any = get_model_state_dict(model, options=WHOLE)
+    return weights
 
 
 def load_training_state(
@@ -245,6 +248,18 @@ class Progress:
                 raise UsageError(f"'{where}': {name} is {value!r}; expected a count")
         return cls(**fields)
 
+    def after_step(self, steps_per_epoch: int, skipped: bool) -> Self:
+        """One step further."""
+        ends = self.step_in_epoch + 1 == steps_per_epoch
+        return dataclasses.replace(
+            self,
+            step=self.step + 1,
+            epoch=self.epoch + ends,
+            step_in_epoch=0 if ends else self.step_in_epoch + 1,
+            skipped=self.skipped + skipped,
+            num_consecutive_skipped=self.num_consecutive_skipped + 1 if skipped else 0,
+        )
+
 
 def save_checkpoint(out: Path, state: Mapping[str, Any], keep: int) -> Path:
     """Write a checkpoint of a run, move the pointer to it, and delete all but the newest `keep`.
@@ -306,6 +321,37 @@ def _read(path: Path) -> dict[str, Any]:
 def _newest_first(folder: Path) -> list[Path]:
     found = folder.glob("step-*.pt") if folder.is_dir() else ()
     return sorted((p for p in found if re.fullmatch(r"step-\d+", p.stem)), reverse=True)
+
+
+def check_same_run(out: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Compare what config.json or a checkpoint holds with the run of this call.
+
+    Raises:
+        UsageError: another run; the message names what differs.
+    """
+    remedy = "give the same settings, another -o, or --no-resume to start anew"
+    if not all(isinstance(old.get(part), dict) for part in ("config", "teacher", "data")):
+        raise UsageError(f"'{out}' holds no run of img2vec pretrain that can be read: {remedy}")
+    free = {field.name for field in dataclasses.fields(Config) if field.metadata.get("free")}
+    if old.get("world") != new["world"]:
+        free |= {"batch_size", "accumulate"}  # another number of processes splits the batch anew
+    for key, now in new["config"].items():
+        if key not in free and old["config"].get(key) != now:
+            raise UsageError(
+                f"'{out}' was begun with {option(key)} {old['config'].get(key)}, now it is {now}: {remedy}"
+            )
+    if old["data"].get("fingerprint") != new["data"]["fingerprint"]:
+        raise UsageError(
+            f"'{out}' was begun on other data ({old['data'].get('source')}, {old['data'].get('count')} images): "
+            f"{remedy}"
+        )
+    before, after = (LoadedSpec.from_dict(run["teacher"]) for run in (old, new))
+    for key, now in after.identity().items():
+        if (was := before.identity()[key]) != now:
+            raise UsageError(
+                f"'{out}' was begun with the teacher {before.name} ({key} {was}), now it is {after.name} ({now}): "
+                f"{remedy}"
+            )
 
 
 # The student in it -------------------------------------------------------------------------------

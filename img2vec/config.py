@@ -4,134 +4,133 @@ Precedence, lowest first: the preset, the YAML file, the options of the call.
 """
 
 import dataclasses
-import types
+import json
 import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from tokdiv.errors import UsageError
+from tokdiv.settings import check_settings, convert, expected, setting
 from tokdiv.teachers.spec import nearest
+
+if TYPE_CHECKING:
+    import torch
 
 Triple = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
 class Config:
-    """Settings of one run. Fields marked (free) may change when a run is resumed; the others may not.
+    """Settings of one run; `free` ones may change when the run is resumed."""
 
-    Attributes:
-        student: a timm VisionTransformer without weights: any plain `vit_*`.
-        student_args: its further timm arguments, as {"depth": 6, "drop_path_rate": 0.1}.
-        image_size: side of the student's view in pixels; the teacher gets the same view, resized where
-            its spec names another size.
-        mean, std: of the student's input, in units of [0, 1].
-        crop_scale: range of the area of the random resized crop.
-        mask_ratio: fraction of the mask units that are hidden, rounded to whole units.
-        mask_unit: side of a mask unit in pixels.
-        decoder_depth: transformer layers; None: 2, and 4 for students 1024 wide or wider.
-        decoder_dim: width of the decoder, in heads of 32 channels.
-        blocks: which encoder blocks the representation averages: "all", "last", or zero-based numbers
-            "2,5,8,11".
-        global_weight: weight of the global loss; 0 turns it off.
-        target_norm: per teacher token, without learned parameters: "layer", "l2" or "none".
-        align: how the teacher's grid meets the student's: "pool-student" averages the student's
-            predictions over the cells of each teacher token, "resample-teacher" brings the teacher's
-            tokens to the student's grid; None: the first where the teacher's grid is as coarse or
-            coarser, else the second.
-        epochs: length of the schedule.
-        max_steps: stop after so many steps of it (free).
-        epoch_size: images that make an epoch; None: all of the data.
-        batch_size: images per process and forward pass.
-        accumulate: forward passes per step.
-        blr: learning rate per 256 images of the global batch.
-        lr: the learning rate itself, in place of blr.
-        warmup_epochs: None: 40, or a tenth of the epochs where that is less.
-        weight_decay: on matrices; none on biases, norms, tokens and position embeddings.
-        clip_grad: largest norm of the gradient; None: not clipped.
-        dtype: "float32", "bfloat16" (autocast), or "auto": bfloat16 where the device computes in it.
-        seed: of the weights, the order, the crops and the masks.
-        compile: "on", "off", or "auto", which is on for CUDA (free).
-        checkpoint_blocks: compute the encoder's blocks again in the backward pass, for memory (free).
-        shard: FSDP2: parameters and optimizer state spread over the processes (free).
-        device: "auto", "cpu", "cuda" (free).
-        workers: decoding threads per process; None: one per core, at most 16 (free).
-        cache_ram: keep the encoded bytes of the images in memory (free).
-        save_every: steps between checkpoints; None: one per epoch (free).
-        keep: how many checkpoints stay (free).
-        knn_every: epochs between measurements of k-NN accuracy where the data has classes, 0: never (free).
-        wandb: report to Weights & Biases (free).
-    """
-
-    student: str = "vit_base_patch16_224"
-    student_args: dict[str, Any] = field(default_factory=dict)
-    image_size: int = 224
-    mean: Triple = (0.485, 0.456, 0.406)
-    std: Triple = (0.229, 0.224, 0.225)
-    crop_scale: tuple[float, float] = (0.2, 1.0)
-    mask_ratio: float = 0.6
-    mask_unit: int = 32
-    decoder_depth: int | None = None
-    decoder_dim: int = 512
-    blocks: str = "all"
-    global_weight: float = 0.5
-    target_norm: Literal["layer", "l2", "none"] = "layer"
-    align: Literal["pool-student", "resample-teacher"] | None = None
-    epochs: int = 800
-    max_steps: int | None = None
-    epoch_size: int | None = None
-    batch_size: int = 256
-    accumulate: int = 1
-    blr: float = 1.5e-4
-    lr: float | None = None
-    warmup_epochs: float | None = None
-    weight_decay: float = 0.05
-    clip_grad: float | None = None
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    seed: int = 0
-    compile: Literal["auto", "on", "off"] = "auto"
-    checkpoint_blocks: bool = False
-    shard: bool = False
-    device: str = "auto"
-    workers: int | None = None
-    cache_ram: bool = False
-    save_every: int | None = None
-    keep: int = 3
-    knn_every: int = 10
-    wandb: bool = False
+    student: str = setting("vit_base_patch16_224", "Any plain vit_* of timm.")
+    student_args: dict[str, Any] = setting(
+        {}, 'Further arguments of the timm model, as {"depth": 6, "drop_path_rate": 0.1}.'
+    )
+    image_size: int = setting(
+        224, "Side of the student's view in pixels.", at_least=1, at_most=8192
+    )
+    mean: Triple = setting(
+        (0.485, 0.456, 0.406), "Mean of the student's input, in units of [0, 1]."
+    )
+    std: Triple = setting(
+        (0.229, 0.224, 0.225), "Standard deviation of it, in units of [0, 1].", above=0
+    )
+    crop_scale: tuple[float, float] = setting(
+        (0.2, 1.0), "Range of the area of the random resized crop.", above=0, at_most=1
+    )
+    mask_ratio: float = setting(
+        0.6, "Fraction of the mask units that are hidden from the student.", above=0, below=1
+    )
+    mask_unit: int = setting(32, "Side of a mask unit in pixels.", at_least=1)
+    decoder_depth: int | None = setting(
+        None, "Layers of the decoder.", at_least=1, shown_default="2; 4 for ViT-L and ViT-H"
+    )
+    decoder_dim: int = setting(
+        512, "Width of the decoder: a multiple of 32, the width of a head.", at_least=1
+    )
+    blocks: str = setting(
+        "all", "Encoder blocks to average: all, last, or zero-based numbers as 2,5,8,11."
+    )
+    global_weight: float = setting(0.5, "Weight of the global loss; 0 turns it off.", at_least=0)
+    target_norm: Literal["layer", "l2", "none"] = setting(
+        "layer", "Normalization of each teacher token: layer, l2 or none."
+    )
+    align: Literal["pool-student", "resample-teacher"] | None = setting(
+        None,
+        "pool-student averages the student's predictions over each teacher token, resample-teacher brings the "
+        "teacher's tokens to the student's grid.",
+        shown_default="pool-student unless the teacher's grid is finer",
+    )
+    epochs: int = setting(800, "Length of the schedule.", at_least=1)
+    max_steps: int | None = setting(
+        None, "Stop after this many optimizer steps of the schedule.", at_least=1, free=True
+    )
+    epoch_size: int | None = setting(
+        None, "Images of an epoch.", at_least=1, shown_default="all of DATA"
+    )
+    batch_size: int = setting(256, "Images of one forward pass, per process.", at_least=1)
+    accumulate: int = setting(1, "Forward passes of an optimizer step.", at_least=1)
+    blr: float = setting(1.5e-4, "Learning rate per 256 images of the global batch.", above=0)
+    lr: float | None = setting(None, "Peak learning rate, instead of --blr.", above=0)
+    warmup_epochs: float | None = setting(
+        None,
+        "Epochs of linear warm-up.",
+        at_least=0,
+        shown_default="40, at most a tenth of the epochs",
+    )
+    weight_decay: float = setting(
+        0.05, "Weight decay of matrices; biases, norms and tokens have none.", at_least=0
+    )
+    clip_grad: float | None = setting(
+        None, "Largest norm of the gradient.", above=0, shown_default="not clipped"
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = setting(
+        "auto", "auto, float32 or bfloat16 (autocast); auto is bfloat16 where it is native."
+    )
+    seed: int = setting(
+        0, "Seed of weights, order, crops and masks.", at_least=0, at_most=2**63 - 1
+    )
+    compile: Literal["auto", "on", "off"] = setting(
+        "auto", "auto, on or off: torch.compile; auto is on for CUDA.", free=True
+    )
+    checkpoint_blocks: bool = setting(
+        False, "Less memory: compute the encoder again in the backward pass.", free=True
+    )
+    shard: bool = setting(
+        False, "FSDP2: spread parameters and optimizer state over the processes.", free=True
+    )
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N.", free=True)
+    workers: int | None = setting(
+        None,
+        "Decoding threads per process.",
+        at_least=1,
+        shown_default="one per core, at most 16",
+        free=True,
+    )
+    cache_ram: bool = setting(False, "Keep the encoded images in memory.", free=True)
+    save_every: int | None = setting(
+        None, "Steps between checkpoints.", at_least=1, shown_default="one per epoch", free=True
+    )
+    keep: int = setting(3, "Number of checkpoints to keep.", at_least=1, free=True)
+    knn_every: int = setting(
+        10,
+        "Epochs between k-NN accuracies, where DATA has classes; 0 for never.",
+        at_least=0,
+        free=True,
+    )
+    wandb: bool = setting(False, "Report to Weights & Biases.", free=True)
 
     def __post_init__(self) -> None:
-        at_least_one = (
-            "image_size mask_unit decoder_depth decoder_dim epochs max_steps epoch_size batch_size "
-            "accumulate workers save_every keep"
-        )
-        for name in at_least_one.split():
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{option(name)} {value}: expected 1 or more")
-        for name in ["global_weight", "weight_decay", "knn_every", "warmup_epochs", "seed"]:
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < float("inf"):
-                raise UsageError(f"{option(name)} {value}: expected 0 or more")
-        for name in ["blr", "lr", "clip_grad"]:
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise UsageError(f"{option(name)} {value}: expected a positive number")
-        if not 0 < self.mask_ratio < 1:
-            raise UsageError(
-                f"--mask-ratio {self.mask_ratio}: expected a number between 0 and 1, as 0.6"
-            )
+        check_settings(self)
         if self.decoder_dim % 32:
             raise UsageError(
                 f"--decoder-dim {self.decoder_dim}: expected a multiple of 32, the width of a head"
             )
         low, high = self.crop_scale
-        if not 0 < low <= high <= 1:
-            raise UsageError(
-                f"crop_scale {self.crop_scale}: expected two fractions of the area, as (0.2, 1)"
-            )
-        if min(self.std) <= 0:
-            raise UsageError(f"std {self.std}: expected positive numbers")
+        if low > high:
+            raise UsageError(f"--crop-scale {low}, {high}: expected the smaller area first")
         if self.warmup_epochs is not None and self.warmup_epochs > self.epochs:
             raise UsageError(
                 f"--warmup-epochs {self.warmup_epochs:g} is longer than the {self.epochs} epochs: "
@@ -143,39 +142,24 @@ class Config:
         """Epochs of linear warm-up."""
         return min(40.0, self.epochs / 10) if self.warmup_epochs is None else self.warmup_epochs
 
+    def compiles_on(self, device: "torch.device") -> bool:
+        """Whether teacher and student go through torch.compile."""
+        return self.compile == "on" or (self.compile == "auto" and device.type == "cuda")
+
     def peak_lr(self, global_batch: int) -> float:
         """The learning rate after the warm-up: `lr`, or blr * global batch / 256."""
         return self.lr if self.lr is not None else self.blr * global_batch / 256
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON types."""
-        return {
-            key: list(value) if isinstance(value, tuple) else value
-            for key, value in dataclasses.asdict(self).items()
-        }
+        values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "the configuration") -> Self:
-        """The inverse of `to_dict`; raises UsageError for an unknown key or a value of another type."""
+        """The inverse of `to_dict`; UsageError for an unknown key or a value of another type or range."""
         return cls(**_checked(values, where))
 
-
-# What may differ between a run and its resumption without making it another run.
-FREE = frozenset(
-    {
-        "max_steps",
-        "compile",
-        "checkpoint_blocks",
-        "shard",
-        "device",
-        "workers",
-        "cache_ram",
-        "save_every",
-        "keep",
-        "knn_every",
-        "wandb",
-    }
-)
 
 # Each preset: its command, and what to expect of it. The commands make MAE's global batch of 4096.
 PRESETS: dict[str, Config] = {
@@ -219,24 +203,19 @@ PRESETS: dict[str, Config] = {
 }
 
 
-def option(name: str) -> str:
-    """A field's spelling on the command line."""
-    return "--" + name.replace("_", "-")
-
-
 def make_config(
     preset: str | None = None,
     file: str | Path | None = None,
     options: dict[str, Any] | None = None,
 ) -> Config:
-    """The settings of a call: the preset, overridden by the file, overridden by the options.
+    """The settings of a call: the preset's, replaced by the file's, replaced by the options.
 
     Args:
         preset: a key of PRESETS; None: the file's `preset`, else "vit_base".
         file: YAML with fields of Config as keys, and possibly `preset`.
         options: fields of Config; None as a value means "not given".
 
-    Another student than the preset's is taken whole, without the preset's `student_args`.
+    With another student than the preset's, the preset's `student_args` are left out.
 
     Raises:
         UsageError: an unknown preset, key or option (the nearest is named), or a value out of range.
@@ -272,63 +251,22 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _checked(values: dict[str, Any], where: str) -> dict[str, Any]:
-    """Values brought to the types of Config's fields; an unknown or mistyped one is a UsageError."""
+    """Values converted to the types of Config's fields.
+
+    Raises:
+        UsageError: an unknown key, or a value of another type.
+    """
     hints = typing.get_type_hints(Config)
     checked = {}
     for key, value in values.items():
         if key not in hints:
             raise UsageError(
-                f"{where}: unknown setting '{key}'{nearest(key, hints)}; "
-                f"the settings are {', '.join(hints)}"
+                f"{where}: unknown setting '{key}'{nearest(key, hints)}; the settings are {', '.join(hints)}"
             )
         try:
-            checked[key] = _converted(value, hints[key])
+            checked[key] = convert(value, hints[key])
         except (TypeError, ValueError, OverflowError):
             raise UsageError(
-                f"{where}: {key} = {value!r}: expected {_expected(hints[key])}"
+                f"{where}: {key} = {value!r}: expected {expected(hints[key])}"
             ) from None
     return checked
-
-
-def _converted(value: Any, hint: Any) -> Any:
-    """`value` as the annotated type; ValueError where it is none."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        return _converted(value, next(a for a in arguments if a is not type(None)))
-    if origin is Literal:
-        # YAML reads a bare `on` or `off` as a truth value.
-        value = {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
-        if value not in arguments:
-            raise ValueError
-        return value
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)) or len(value) != len(arguments):
-            raise ValueError
-        return tuple(_converted(v, a) for v, a in zip(value, arguments))
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise ValueError
-        return dict(value)
-    if hint is bool:
-        if not isinstance(value, bool):
-            raise ValueError
-        return value
-    if isinstance(value, bool) or (hint is int and float(value) != int(value)):
-        raise ValueError
-    if hint is str and isinstance(value, (list, tuple)):
-        return ",".join(str(v) for v in value)  # blocks: [2, 5, 8, 11]
-    return hint(value)  # YAML reads 1e-4, without a point, as text
-
-
-def _expected(hint: Any) -> str:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return _expected(next(a for a in arguments if a is not type(None)))
-    if origin is Literal:
-        return f"one of {', '.join(arguments)}"
-    if origin is tuple:
-        return f"{len(arguments)} numbers"
-    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
-    return names.get(hint, "a table of key: value")

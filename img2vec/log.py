@@ -1,11 +1,13 @@
-"""What a run says while it goes: a bar, metrics.jsonl, TensorBoard, Weights & Biases, skipped images."""
+"""What a run writes while it goes: progress, metrics.jsonl, TensorBoard, Weights & Biases, skipped images."""
 
 import csv
 import importlib.util
 import json
+import logging
+import math
 import os
-import sys
 import threading
+import time
 import types
 import uuid
 from pathlib import Path
@@ -13,9 +15,14 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
+from img2vec.checkpoint import Progress
 from img2vec.figures import plot_loss
-from tokdiv.errors import UsageError
+from img2vec.step import StepResult
+from tokdiv.dist import Processes
+from tokdiv.errors import UsageError, first_line
 from tokdiv.run_dir import write_atomic
+
+log = logging.getLogger(__name__)
 
 METRICS, PICTURE, SKIPPED = "metrics.jsonl", "loss.png", "skipped.csv"
 EVENTS_EVERY = 10  # steps between the points of TensorBoard and Weights & Biases
@@ -23,28 +30,33 @@ EVENTS_EVERY = 10  # steps between the points of TensorBoard and Weights & Biase
 WANDB_START, WANDB_FINISH = 30, 120
 
 
-class Log:
-    """The writers of one run; on other processes than the first it stays silent.
+class RunLog:
+    """The writers of one run; only rank 0 writes.
 
-    A context: leaving it draws loss.png and ends what was begun, marked as failed after an exception.
+    A context: leaving it draws loss.png and closes the writers, which are told of a failure.
 
     Args:
-        out: the run's folder. step: steps done before; lines behind it are dropped.
-        total: steps of the whole run. main: whether this is the process that writes.
-        wandb: whether to report to Weights & Biases. run: what config.json holds.
+        out: the run's folder. step: steps made before; lines of later ones are dropped.
+        end: the step at which the run will end.
+        wandb: whether to report to Weights & Biases. run: the content of config.json.
     """
 
     def __init__(
-        self, out: Path, step: int, total: int, main: bool, wandb: bool, run: dict[str, Any]
+        self, out: Path, step: int, end: int, group: Processes, wandb: bool, run: dict[str, Any]
     ) -> None:
-        self.out, self.main = out, main
-        self.evaluated: int | None = None  # the step of the last evaluation, on the main process
-        self.bar = tqdm(
-            total=total, initial=step, desc="pretrain", unit="step", disable=None if main else True
+        self.out, self.is_first = out, group.rank == 0
+        self.evaluated: int | None = None  # the step of the last evaluation, on rank 0
+        self._clock = time.perf_counter()
+        self._bar = tqdm(
+            total=end,
+            initial=step,
+            desc="pretrain",
+            unit="step",
+            disable=None if self.is_first else True,
         )
         self._wandb: Any = None
         self._events: Any = None
-        if not main:
+        if not self.is_first:
             return
         self.evaluated = truncate_metrics(out / METRICS, step)
         self._metrics = (out / METRICS).open("a", encoding="utf-8")
@@ -53,9 +65,9 @@ class Log:
 
             self._events = SummaryWriter(str(out), purge_step=step + 1 if step else None)
         except ImportError:
-            self.say("tensorboard is not installed: no events are written")
+            log.warning("tensorboard is not installed: no events are written")
         if wandb:
-            self._wandb = self._start_wandb(run)
+            self._wandb = _start_wandb(out, run)
 
     def __enter__(self) -> Self:
         return self
@@ -66,98 +78,100 @@ class Log:
         error: BaseException | None,
         trace: types.TracebackType | None,
     ) -> None:
-        self.bar.close()
-        if not self.main:
+        self._bar.close()
+        if not self.is_first:
             return
         self._metrics.close()
-        self.draw()
+        try:
+            plot_loss(self.out / METRICS, self.out / PICTURE)
+        except (OSError, ValueError) as failure:  # the picture is not worth the run
+            log.warning("%s was not drawn: %s", PICTURE, failure)
         if self._events is not None:
             self._events.close()
         if self._wandb is not None:
             self._wandb.finish(exit_code=0 if kind is None else 1)
 
-    def step(self, line: dict[str, Any]) -> None:
-        """One optimizer step."""
-        self.bar.update()
-        if not self.main:
+    def step(self, progress: Progress, epoch: int, lr: float, result: StepResult) -> None:
+        """Log one optimizer step; `progress` is that after it."""
+        before, self._clock = self._clock, time.perf_counter()
+        self._bar.update()
+        if not self.is_first:
             return
+        line = {
+            "step": progress.step,
+            "epoch": epoch,
+            "loss": finite(result.loss),
+            "patch_loss": finite(result.patch_loss),
+            "global_loss": finite(result.global_loss),
+            "lr": lr,
+            "images_per_second": round(progress.global_batch / (self._clock - before), 2),
+            "images": result.num_images,
+            "grad_norm": finite(result.grad_norm),
+            "skipped_steps": progress.skipped,
+        }
+        if result.token_similarity is not None:
+            line["token_similarity"] = finite(result.token_similarity)
         self._write(line)
-        self.bar.set_postfix(
-            loss=f"{line['loss']:.4f}" if line["loss"] is not None else "not finite",
-            lr=f"{line['lr']:.2e}",
+        self._bar.set_postfix(
+            loss="not finite" if line["loss"] is None else f"{result.loss:.4f}",
+            lr=f"{lr:.2e}",
             imgs=f"{line['images_per_second']:.0f}/s",
             refresh=False,
         )
-        if line["step"] % EVENTS_EVERY == 0 or line["step"] == 1:
+        if progress.step % EVENTS_EVERY == 0 or progress.step == 1:
             self._report(line, "train")
 
     def evaluation(self, line: dict[str, Any]) -> None:
-        """A measurement between steps; it has no `loss`."""
-        if self.main:
+        """Log a measurement between steps; it has no `loss`, and its time does not count as a step's."""
+        self._clock = time.perf_counter()
+        if self.is_first:
             self._write(line)
             self._report(line, "evaluation")
             self.evaluated = line["step"]
-
-    def say(self, text: str) -> None:
-        """A remark on stderr that does not tear the bar."""
-        if self.main:
-            self.bar.write(text, file=sys.stderr)
-
-    def draw(self) -> None:
-        """Bring loss.png up to date; a picture that cannot be drawn costs no run."""
-        try:
-            plot_loss(self.out / METRICS, self.out / PICTURE)
-        except (OSError, ValueError) as error:
-            self.say(f"remark: {PICTURE} was not drawn: {error}")
 
     def _write(self, line: dict[str, Any]) -> None:
         self._metrics.write(json.dumps(line) + "\n")
         self._metrics.flush()
 
-    def _report(self, line: dict[str, Any], group: str) -> None:
+    def _report(self, line: dict[str, Any], kind: str) -> None:
         values = {k: v for k, v in line.items() if k != "step" and v is not None}
         if self._events is not None:
             for key, value in values.items():
-                self._events.add_scalar(f"{group}/{key}", value, line["step"])
+                self._events.add_scalar(f"{kind}/{key}", value, line["step"])
         if self._wandb is not None:
-            # The step is a value among others, the x axis of `_start_wandb`: wandb's own counter never
-            # goes back, so that it would refuse the steps repeated after a kill.
-            named = {f"{group}/{k}": v for k, v in values.items()}
+            # The step is a value among others, the x axis of `_start_wandb`: wandb's own counter never goes
+            # back, so it would refuse the steps that are repeated after a kill.
+            named = {f"{kind}/{k}": v for k, v in values.items()}
             self._wandb.log({"step": line["step"], **named})
 
-    def _start_wandb(self, run: dict[str, Any]) -> Any:
-        """The run at Weights & Biases: the one that OUT names, else a new one, offline where need be."""
-        import wandb
 
-        name = self.out.resolve().name
-        note = self.out / "wandb" / "id"
-        if not note.is_file():
-            note.parent.mkdir(exist_ok=True)
-            write_atomic(note, uuid.uuid4().hex)
-        options: dict[str, Any] = {
-            "project": os.environ.get("WANDB_PROJECT", "img2vec"),
-            "name": name,
-            "id": note.read_text().strip(),
-            "dir": str(self.out),
-            "config": {**run["config"], **{k: v for k, v in run.items() if k != "config"}},
-            "resume": "allow",
-            "allow_val_change": True,  # some settings may change when a run is resumed
-        }
-        waits: dict[str, Any] = {"init_timeout": WANDB_START}
-        if "finish_timeout" in getattr(wandb.Settings, "model_fields", ()):
-            waits["finish_timeout"] = WANDB_FINISH
+def finite(value: float) -> float | None:
+    """NaN and infinity are not JSON."""
+    return value if math.isfinite(value) else None
+
+
+def truncate_metrics(path: Path, step: int) -> int | None:
+    """Drop the lines of later steps than `step`, which will be repeated, and a last line that was cut.
+
+    Returns:
+        The step of the last evaluation that is left, a line without `loss`; None where there is none.
+    """
+    if not path.is_file():
+        return None
+    kept, evaluated = [], None
+    for line in path.read_bytes().splitlines(keepends=True):
         try:
-            started = wandb.init(**options, settings=wandb.Settings(**waits))
-        except wandb.errors.Error as error:
-            reason = str(error).split("\n")[0].rstrip(". ")
-            self.say(
-                f"remark: Weights & Biases: {reason}; the run is recorded offline: upload it with "
-                f"`wandb sync {self.out / 'wandb'}/offline-run-*`"
-            )
-            wandb.teardown()  # its background service still holds the id
-            started = wandb.init(**options, mode="offline", settings=wandb.Settings(**waits))
-        started.define_metric("*", step_metric="step")
-        return started
+            values = json.loads(line)
+            if line.endswith(b"\n") and values["step"] <= step:
+                kept.append(line)
+                evaluated = evaluated if "loss" in values else values["step"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            continue
+    write_atomic(path, b"".join(kept))
+    return evaluated
+
+
+# Weights & Biases --------------------------------------------------------------------------------
 
 
 def check_wandb() -> None:
@@ -168,8 +182,45 @@ def check_wandb() -> None:
         )
 
 
+def _start_wandb(out: Path, run: dict[str, Any]) -> Any:
+    """The run at Weights & Biases: the one whose id OUT holds, else a new one; offline if it must be."""
+    import wandb
+
+    note = out / "wandb" / "id"
+    if not note.is_file():
+        note.parent.mkdir(exist_ok=True)
+        write_atomic(note, uuid.uuid4().hex)
+    options: dict[str, Any] = {
+        "project": os.environ.get("WANDB_PROJECT", "img2vec"),
+        "name": out.resolve().name,
+        "id": note.read_text().strip(),
+        "dir": str(out),
+        "config": {**run["config"], **{k: v for k, v in run.items() if k != "config"}},
+        "resume": "allow",
+        "allow_val_change": True,  # some settings may change when a run is resumed
+    }
+    waits: dict[str, Any] = {"init_timeout": WANDB_START}
+    if "finish_timeout" in getattr(wandb.Settings, "model_fields", ()):
+        waits["finish_timeout"] = WANDB_FINISH
+    try:
+        started = wandb.init(**options, settings=wandb.Settings(**waits))
+    except wandb.errors.Error as error:
+        log.warning(
+            "Weights & Biases: %s; the run is recorded offline: upload it with `wandb sync %s/offline-run-*`",
+            first_line(error).rstrip(". "),
+            out / "wandb",
+        )
+        wandb.teardown()  # its background service still holds the id
+        started = wandb.init(**options, mode="offline", settings=wandb.Settings(**waits))
+    started.define_metric("*", step_metric="step")
+    return started
+
+
+# Skipped images ----------------------------------------------------------------------------------
+
+
 class Skipped:
-    """Images that could not be used: counted, and listed once each in skipped.csv."""
+    """Lists each image that could not be used once in skipped.csv."""
 
     def __init__(self, out: Path) -> None:
         self.path = out / SKIPPED
@@ -190,24 +241,3 @@ class Skipped:
                 if os.fstat(file.fileno()).st_size == 0:
                     csv.writer(file).writerow(["key", "reason"])
                 csv.writer(file).writerow([key, reason])
-
-
-def truncate_metrics(path: Path, step: int) -> int | None:
-    """Drop the lines of steps after `step`, and a last line that was cut, so that none repeats.
-
-    Returns:
-        The step of the last evaluation that is left, a line without `loss`; None where there is none.
-    """
-    if not path.is_file():
-        return None
-    kept, evaluated = [], None
-    for line in path.read_bytes().splitlines(keepends=True):
-        try:
-            values = json.loads(line)
-            if line.endswith(b"\n") and values["step"] <= step:
-                kept.append(line)
-                evaluated = evaluated if "loss" in values else values["step"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            continue
-    write_atomic(path, b"".join(kept))
-    return evaluated

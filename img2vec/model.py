@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from img2vec.config import Config
-from img2vec.masking import Layout, split_indices
+from img2vec.masking import Layout, plan_layout, split_indices
 from tokdiv.errors import UsageError
 from tokdiv.teachers.architecture import create_model
 from tokdiv.teachers.spec import nearest
+from tokdiv.teachers.teacher import Teacher
 
 EPSILON = 1e-6  # of every LayerNorm, as in timm's ViTs
 HEAD_DIM = 32  # channels of one head of the decoder, as in MAE's (512 in 16 heads)
@@ -95,6 +96,24 @@ def make_student(config: Config) -> VisionTransformer:
     student.norm.requires_grad_(False)
     student.fc_norm.requires_grad_(False)
     return student
+
+
+def make_model(encoder: VisionTransformer, teacher: Teacher, config: Config) -> "Img2Vec":
+    """Encoder, decoder and heads for a teacher's tokens.
+
+    Raises:
+        UsageError: grids that do not fit together, or blocks that the encoder does not have.
+    """
+    layout = plan_layout(
+        config.image_size,
+        encoder.patch_embed.patch_size[0],
+        config.mask_unit,
+        config.mask_ratio,
+        teacher.grid,
+        config.align,
+        teacher.name,
+    )
+    return Img2Vec(encoder, layout, teacher.dim, config)
 
 
 def resolve_blocks(text: str, depth: int) -> tuple[int, ...]:

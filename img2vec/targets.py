@@ -1,4 +1,4 @@
-"""From a teacher's tokens to the targets of a student: resampled, normalized, split."""
+"""From a teacher's tokens to a student's targets: resized, resampled, normalized, split."""
 
 import torch
 import torch.nn.functional as F
@@ -6,14 +6,24 @@ from torch import Tensor
 
 from img2vec.masking import Grid, Layout
 
-EPSILON = 1e-6  # of the variance of a target token
+EPSILON = 1e-6  # added to the variance of a target token
+
+
+def resize_view(images: Tensor, size: int) -> Tensor:
+    """The same view at a teacher's own size: uint8 (B, 3, S, S) to uint8 (B, 3, size, size)."""
+    if images.shape[-1] == size:
+        return images
+    if images.device.type == "cpu":
+        return F.interpolate(images, (size, size), mode="bicubic", antialias=True)
+    resized = F.interpolate(images.float(), (size, size), mode="bicubic", antialias=True)
+    return resized.round_().clamp_(0, 255).to(torch.uint8)
 
 
 def area_weights(to: int, of: int) -> Tensor:
     """Averaging by area along one axis: float32 (to, of), rows sum to 1.
 
-    Entry (i, j) is the part of output cell i that lies over input cell j. A finer grid becomes a coarser
-    one by averages, a coarser one a finer one by repetition.
+    Entry (i, j) is the part of output cell i that input cell j covers. Going to a coarser grid averages,
+    going to a finer one repeats.
     """
     edges = torch.arange(to + 1, dtype=torch.float64) * of / to
     low, high = edges[:-1, None], edges[1:, None]
@@ -23,7 +33,7 @@ def area_weights(to: int, of: int) -> Tensor:
 
 
 def resample(tokens: Tensor, grid: Grid, to: Grid) -> Tensor:
-    """Tokens (B, K, C) on another grid (B, to[0] * to[1], C), by area."""
+    """Tokens (B, K, C) of one grid on another: (B, to[0] * to[1], C), averaged by area."""
     planes = tokens.unflatten(1, grid)
     rows = area_weights(to[0], grid[0]).to(tokens)
     columns = area_weights(to[1], grid[1]).to(tokens)
@@ -31,7 +41,7 @@ def resample(tokens: Tensor, grid: Grid, to: Grid) -> Tensor:
 
 
 def normalize(tokens: Tensor, how: str) -> Tensor:
-    """Each token (..., C) on its own: "layer": mean 0 and variance 1; "l2": length 1; "none"."""
+    """Normalize each token (..., C): "layer" to mean 0 and variance 1, "l2" to length 1, "none" not at all."""
     if how == "layer":
         return F.layer_norm(tokens, tokens.shape[-1:], eps=EPSILON)
     if how == "l2":
@@ -40,16 +50,16 @@ def normalize(tokens: Tensor, how: str) -> Tensor:
 
 
 def make_targets(tokens: Tensor, grid: Grid, layout: Layout, how: str) -> Tensor:
-    """From the teacher's tokens to what is predicted.
+    """Turn the teacher's tokens into targets.
 
-    Resampled first and normalized then, so that every target has the same scale.
+    They are resampled before they are normalized, so that every target has the same scale.
 
     Args:
-        tokens: (B, K, C) of the whole, unmasked view, on `grid`.
+        tokens: (B, K, C) of the unmasked view, on `grid`.
         how: the normalization, as in `normalize`.
 
     Returns:
-        (B, targets, C) float32 (float64 for float64 tokens), without a gradient.
+        (B, T, C) float32 (float64 for float64 tokens), without a gradient; T is the number of target tokens.
     """
     tokens = tokens.detach()
     tokens = tokens if tokens.dtype == torch.float64 else tokens.float()
@@ -59,14 +69,13 @@ def make_targets(tokens: Tensor, grid: Grid, layout: Layout, how: str) -> Tensor
 
 
 def split_targets(targets: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
-    """What the two losses compare with, so that the rest need not be kept while the student runs.
+    """What the two losses need, so that the other targets can be freed while the student runs.
 
     Args:
-        targets: (B, T, C) of all target tokens. masked: int64 (B, M), which are hidden.
+        targets: (B, T, C). masked: int64 (B, M), the indices of the masked ones.
 
     Returns:
-        The hidden ones (B, M, C), and the mean of all, hidden or not, (B, C): the teacher saw the whole
-        view.
+        masked_targets (B, M, C), and the mean of all targets, masked or not, (B, C).
     """
-    hidden = targets.gather(1, masked[..., None].expand(-1, -1, targets.shape[2]))
-    return hidden, targets.mean(dim=1)
+    masked_targets = targets.gather(1, masked[..., None].expand(-1, -1, targets.shape[2]))
+    return masked_targets, targets.mean(dim=1)

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from img2vec.checkpoint import load_last, load_model_state
 from img2vec.config import Config
-from img2vec.masking import draw_mask, plan_layout, split_indices
-from img2vec.model import Img2Vec, make_student
-from img2vec.targets import make_targets
+from img2vec.masking import draw_mask, split_indices
+from img2vec.model import make_model, make_student
+from img2vec.targets import make_targets, resize_view
 from tokdiv.data.decode import UnusableImage, center_view, decode_image
 from tokdiv.data.loader import permutation
 from tokdiv.data.open import open_source
@@ -84,27 +84,17 @@ def token_maps(
             raise UsageError(f"'{source.name}' holds other images now than those of the run")
     with torch.random.fork_rng(devices=[]):
         encoder = make_student(config)
-        layout = plan_layout(
-            config.image_size,
-            encoder.patch_embed.patch_size[0],
-            config.mask_unit,
-            config.mask_ratio,
-            teacher.grid,
-            config.align,
-            teacher.name,
-        )
-        model = Img2Vec(encoder, layout, teacher.dim, config).to(device).eval()
+        model = make_model(encoder, teacher, config).to(device).eval()
+    layout = model.layout
     load_model_state(model, dict(weights), out)
 
     keys, images = _read_views(source, config)
     images = images.to(device)
     drawn = [draw_mask(layout, config.seed, 0, n) for n in range(len(keys))]
     masks = torch.from_numpy(np.stack(drawn)).to(device)
-    from img2vec.train import resized
-
     # A compiled teacher would be compiled anew for a batch of this size.
     with torch.compiler.set_stance("force_eager"):
-        tokens = teacher(resized(images, teacher.size))
+        tokens = teacher(resize_view(images, teacher.size))
     targets = make_targets(tokens, teacher.grid, layout, config.target_norm)
     predicted = model(images, masks).tokens.float()
     shown, predicted_colors = colors_of(targets, predicted, split_indices(masks, layout)[2])

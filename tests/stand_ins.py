@@ -22,7 +22,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-import tokdiv.teachers.teacher
+import tokdiv.teachers.load
 from img2vec.config import PRESETS
 from tokdiv.teachers.cache import cached_path, in_hub_cache
 
@@ -44,7 +44,7 @@ Patch = Callable[[Any, str, Any], None]  # as monkeypatch.setattr
 def apply(patch: Patch = setattr) -> None:
     """Make timm's networks narrow, their weights random, and figures coarse."""
     patch(timm, "create_model", _narrow(timm.create_model))
-    patch(tokdiv.teachers.teacher, "_from_timm", _with_weights(tokdiv.teachers.teacher._from_timm))
+    patch(tokdiv.teachers.load, "_from_timm", _with_weights(tokdiv.teachers.load._from_timm))
     patch(Figure, "savefig", _coarse(Figure.savefig))
 
 

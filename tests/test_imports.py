@@ -1,6 +1,11 @@
-"""Which module may import which: the seam between the packages, and what stays light."""
+"""Which module may import which: the order of the rooms, the seam between the packages, and what stays light.
+
+All imports count, those within functions too: a function-level import may defer a heavy module for the start-up
+time, but never hide a circle.
+"""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -8,81 +13,173 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-HEAVY = ("torch", "timm", "torchvision", "torchmetrics", "matplotlib", "pandas", "pyarrow")
+STANDARD = set(sys.stdlib_module_names)
+HEAVY = {
+    "torch", "timm", "torchvision", "torchmetrics", "matplotlib", "pandas", "pyarrow", "numpy", "PIL", "jinja2",
+    "huggingface_hub", "safetensors", "tensorboard",
+}  # fmt: skip
+
+# A room is a module or a folder of a package. It may import itself, and the rooms on lines above its own. A new
+# file is added to the line below the last room that it needs.
+ROOMS = {
+    "tokdiv": [
+        "errors text lazy memory similarity",
+        "certify correspondence dist metric run_dir settings",
+        "data figures teachers",
+        "autotune scores tables",
+        "ranking",
+        "maps measure",
+        "depth report",
+        "rank",
+        "cli",
+        "__main__",
+    ],
+    "img2vec": [
+        "config figures loss masking optim",
+        "data model targets",
+        "checkpoint",
+        "export log run",
+        "evaluate",
+        "token_maps",
+        "report",
+        "train",
+        "cli",
+        "__main__",
+    ],
+}
+# Deferred imports of whole rooms, which let a run finish without them: who does what is at its end.
+DEFERRED = {"tokdiv.report": {"tokdiv.rank", "tokdiv.cli"}, "img2vec.report": {"img2vec.train"}}
+
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for package in ROOMS
+    for path in sorted((ROOT / package).rglob("*.py"))
+}
 
 
-def imported(path: Path, whole: bool = True) -> set[str]:
-    """Every module that a file names in an import: anywhere in it, or at its top alone."""
+def imported(module: str, *, top_level: bool = False) -> set[str]:
+    """The modules that a file names in its imports, those for type checkers aside.
+
+    Args:
+        top_level: only what is imported with the module itself.
+    """
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    left_out = {
+        inner
+        for node in ast.walk(tree)
+        if (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+        or (top_level and isinstance(node, ast.FunctionDef))
+        for inner in ast.walk(node)
+    }
     names = set()
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in ast.walk(tree) if whole else tree.body:
+    for node in ast.walk(tree):
+        if node in left_out:
+            continue
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            above = (
-                path.relative_to(ROOT).with_suffix("").parts[: -node.level] if node.level else ()
-            )
-            module = ".".join([*above, *filter(None, [node.module])])
-            names |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+            assert node.level == 0, f"{module}: imports are absolute"
+            names |= {_home(f"{node.module}.{alias.name}") for alias in node.names}
     return names
 
 
-def files(package: str) -> list[Path]:
-    found = sorted((ROOT / package).rglob("*.py"))
-    assert found
-    return found
+def _home(name: str) -> str:
+    """The module behind an imported name: itself, the one it is defined in, or that of a lazy public name."""
+    parent, _, last = name.rpartition(".")
+    if name in MODULES or parent not in MODULES:
+        return name
+    homes = getattr(importlib.import_module(parent), "_HOMES", {})
+    return f"{parent}.{homes[last]}" if last in homes else parent
 
 
-def packages(path: Path) -> set[str]:
-    return {name.partition(".")[0] for name in imported(path)}
+def own(module: str, **options: bool) -> set[str]:
+    return imported(module, **options) & MODULES.keys()
 
 
-@pytest.mark.parametrize("path", files("tokdiv"), ids=lambda path: path.name)
-def test_tokdiv_never_imports_img2vec(path: Path):
-    assert "img2vec" not in packages(path)
+def room(module: str) -> str:
+    return ".".join(module.split(".")[:2])
 
 
-def test_certificates_need_numpy_only():
-    standard = set(sys.stdlib_module_names)
-    assert packages(ROOT / "tokdiv" / "certify.py") - standard <= {"numpy", "tokdiv"}
-    own = {n for n in imported(ROOT / "tokdiv" / "certify.py") if n.startswith("tokdiv.")}
-    assert {name.split(".")[1] for name in own} <= {"errors"}
+def packages(module: str) -> set[str]:
+    """Top-level packages other than Python's that a module imports, and all that it imports of ours."""
+    needed, waiting = set(), [module]
+    seen = set()
+    while waiting:
+        current = waiting.pop()
+        if current not in seen:
+            seen.add(current)
+            waiting += own(current)
+            needed |= {name.partition(".")[0] for name in imported(current)}
+    return needed - STANDARD - ROOMS.keys()
 
 
-def test_specs_and_the_cache_need_the_standard_library_only():
-    standard = set(sys.stdlib_module_names)
-    for name in ("errors", "spec", "zoo", "cache"):
-        assert packages(ROOT / "tokdiv" / f"{name}.py") - standard <= {"tokdiv"}
-
-
-def test_figures_know_nothing_of_networks():
-    # plots.py takes arrays: torch or timm in it would be a second way to the tokens.
-    assert not packages(ROOT / "tokdiv" / "plots.py") & {"torch", "timm"}
-
-
-def test_only_the_report_is_above_the_ranking():
-    # What a run shows may be deleted: nothing else of tokdiv knows of it but at the end of a run.
-    importing = {
-        path.name: {
-            name for name in ("tokdiv.report.page", "tokdiv.report.build") if name in imported(path)
-        }
-        for path in files("tokdiv")
+@pytest.mark.parametrize("package", ROOMS)
+def test_rooms_import_only_those_above_them(package: str) -> None:
+    level = {
+        f"{package}.{name}": n for n, line in enumerate(ROOMS[package]) for name in line.split()
     }
-    assert {name: found for name, found in importing.items() if found} == {
-        "cli.py": {"tokdiv.report.build"},
-        "measure.py": {"tokdiv.report.build"},
-        "report.py": {"tokdiv.report.page"},
-    }
+    found = {room(module) for module in MODULES if module.startswith(f"{package}.")}
+    assert found - level.keys() == set(), "rooms without a line in ROOMS"
+    assert level.keys() - found == set(), "lines of ROOMS without a room"
+    wrong = [
+        f"{module} imports {name}"
+        for module in MODULES
+        if module.startswith(f"{package}.")
+        for name in own(module)
+        if name.startswith(f"{package}.")
+        and room(name) != room(module)
+        and level[room(name)] >= level[room(module)]
+    ]
+    assert wrong == []
 
 
-def test_measuring_does_not_need_the_figures():
-    # At the top of a module, only where there is nothing to do but draw.
-    for path in files("tokdiv"):
-        if path.name not in ("maps.py", "depth.py", "plots.py", "page.py", "report.py"):
-            assert not imported(path, whole=False) & {
-                "tokdiv.figures.figures",
-                "tokdiv.report.build",
-            }, path.name
+def test_no_circle_of_imports() -> None:
+    done: set[str] = set()
+
+    def visit(module: str, path: list[str]) -> None:
+        assert module not in path, " -> ".join([*path[path.index(module) :], module])
+        if module not in done:
+            for name in sorted(own(module) - {module}):
+                visit(name, [*path, module])
+            done.add(module)
+
+    for module in MODULES:
+        visit(module, [])
+
+
+def test_tokdiv_never_imports_img2vec() -> None:
+    for module in MODULES:
+        if module.startswith("tokdiv"):
+            assert not [name for name in imported(module) if name.startswith("img2vec")], module
+
+
+def test_only_the_end_of_a_run_and_its_own_command_import_a_report() -> None:
+    for report, users in DEFERRED.items():
+        for module in MODULES:
+            if room(module) != report and any(room(name) == report for name in own(module)):
+                shared = module.startswith("img2vec") and own(module) >= {"tokdiv.report.page"}
+                assert module in users or shared, module
+                assert not [n for n in own(module, top_level=True) if room(n) == report] or shared
+
+
+@pytest.mark.parametrize(
+    ("module", "allowed"),
+    [
+        ("tokdiv.certify", {"numpy"}),
+        ("tokdiv.errors", set()),
+        ("tokdiv.text", set()),
+        ("tokdiv.teachers.spec", set()),
+        ("tokdiv.teachers.zoo", set()),
+        ("tokdiv.teachers.cache", {"huggingface_hub"}),
+        *(
+            (module, {"matplotlib", "numpy", "pandas"})
+            for module in MODULES
+            if module.startswith("tokdiv.figures") or module == "img2vec.figures"
+        ),
+    ],
+)
+def test_what_needs_little_imports_little(module: str, allowed: set[str]) -> None:
+    assert packages(module) <= allowed
 
 
 def loaded_by(statement: str) -> set[str]:
@@ -97,19 +194,50 @@ def loaded_by(statement: str) -> set[str]:
     "statement",
     [
         "import tokdiv, tokdiv.cli",
-        "import tokdiv; tokdiv.parse_specs(['paper']); from tokdiv import listing; listing.zoo_table()",
+        "import tokdiv; tokdiv.parse_specs(['paper']); from tokdiv import tables; tables.zoo_table()",
         "import img2vec, img2vec.cli",
+        "import tokdiv, img2vec; dir(tokdiv), dir(img2vec)",
     ],
-    ids=["tokdiv", "the zoo", "img2vec"],
+    ids=["tokdiv", "the zoo", "img2vec", "dir"],
 )
-def test_what_answers_at_once_loads_nothing_heavy(statement: str):
-    assert not loaded_by(statement) & set(HEAVY)
+def test_what_answers_at_once_loads_nothing_heavy(statement: str) -> None:
+    assert not loaded_by(statement) & HEAVY
 
 
-def test_every_public_name_is_there_and_no_other():
-    import tokdiv
+@pytest.mark.parametrize("gone", ["tokdiv.report", "jinja2"])
+def test_without_the_report_all_else_works(gone: str, tmp_path: Path) -> None:
+    # As if the folder had been deleted: its import fails.
+    code = f"""
+import sys
+sys.modules[{gone!r}] = None
+from tokdiv.cli import app, run
+def call(*words):
+    sys.argv = ["tokdiv", *words]
+    return run(app)
+data, image = "tokdiv/samples/images", "tokdiv/samples/images/cat_eyes.jpg"
+out = {str(tmp_path)!r}
+short = "--max-images", "8", "--device", "cpu", "--dtype", "float32"
+assert call("rank", data, "-t", "pixels,hog", "-o", out + "/RUN", *short) == 0
+assert call("maps", image, "-t", "pixels,hog", "-o", out + "/maps.png") == 0
+assert call("depth", data, "-t", "sample_mae_vit", "-o", out + "/depth", "--max-images", "2") == 0
+try:
+    call("report", out + "/RUN")
+except ModuleNotFoundError:
+    sys.exit(0)
+sys.exit("the report was written")
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "RUN" / "ranking.json").is_file()
+    assert not (tmp_path / "RUN" / "report.html").exists()
+    assert "its report could not be written" in result.stderr
 
-    for name in tokdiv.__all__:
-        assert getattr(tokdiv, name).__name__ == name
-    with pytest.raises(AttributeError, match="module 'tokdiv' has no attribute 'nothing'"):
-        _ = tokdiv.nothing
+
+@pytest.mark.parametrize("package", ROOMS)
+def test_every_public_name_is_there_and_no_other(package: str) -> None:
+    module = importlib.import_module(package)
+    for name in module.__all__:
+        assert getattr(getattr(module, name), "__name__", name) == name
+    assert set(module.__all__) <= set(dir(module))
+    with pytest.raises(AttributeError, match=f"module '{package}' has no attribute 'nothing'"):
+        _ = module.nothing

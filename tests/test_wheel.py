@@ -27,7 +27,7 @@ def in_the_tree(pattern: str) -> set[str]:
         "tokdiv/**/*.py",
         "img2vec/**/*.py",
         "*/py.typed",
-        "tokdiv/templates/*.html",
+        "tokdiv/report/templates/*.html",
         "img2vec/templates/*.html",
         "tokdiv/samples/LICENSES.md",
         "tokdiv/samples/images/*.jpg",

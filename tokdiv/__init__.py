@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from tokdiv.certify import certify_order, confidence_sequence
     from tokdiv.correspondence import correspondence
     from tokdiv.errors import RunError, UsageError
-    from tokdiv.measure import rank
     from tokdiv.metric import TokenSimilarity
+    from tokdiv.rank import rank
     from tokdiv.ranking import Ranking, load_ranking
     from tokdiv.similarity import token_similarity
     from tokdiv.teachers.load import load_teacher
@@ -35,7 +35,7 @@ _HOMES = {
     "load_ranking": "ranking",
     "load_teacher": "teachers.load",
     "parse_specs": "teachers.notation",
-    "rank": "measure",
+    "rank": "rank",
     "token_similarity": "similarity",
 }
 

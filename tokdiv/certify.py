@@ -30,8 +30,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 
@@ -54,6 +54,7 @@ NEVER = np.iinfo(np.int64).max
 
 Columns = np.ndarray | slice
 State = Literal["decided", "tie", "open"]
+Name = TypeVar("Name", int, str)  # of a teacher: its column, or its label
 
 # The two classes below take centred values, x = v - 1/2 in [-1/2, 1/2]: 1 - v is -x, and the paired
 # differences of equal teachers sum to an exact 0. Columns are sequences of their own, side by side;
@@ -435,12 +436,12 @@ def _bernstein_low(x: np.ndarray, population: int | None, log_threshold: float) 
 
 
 @dataclasses.dataclass(frozen=True)
-class Pair:
+class Pair(Generic[Name]):
     """What is known of two teachers.
 
     Attributes:
-        first, second: column numbers; `first` is the more diverse one (the lower similarity): certified
-            where the state is "decided", else by the estimate.
+        first, second: column numbers, in a ranking labels; `first` is the more diverse one (the lower
+            similarity): certified where the state is "decided", else by the estimate.
         state: "decided": the mean similarities differ, in this direction (final). "tie": they differ
             by less than `tie`. "open": neither is certain yet.
         gap: estimate of mean(similarity of second) - mean(similarity of first), over the pair's images.
@@ -454,8 +455,8 @@ class Pair:
             said: nothing measured, no longer measured, or equal in an unlimited source.
     """
 
-    first: int
-    second: int
+    first: Name
+    second: Name
     state: State
     gap: float
     low: float
@@ -466,14 +467,14 @@ class Pair:
 
 
 @dataclasses.dataclass(frozen=True)
-class Certificate:
+class Certificate(Generic[Name]):
     """The order of teachers by token diversity, and how far it is certain.
 
     Attributes:
         pairs: all T (T - 1) / 2 pairs.
-        order: column numbers, most diverse first: never against a decided pair, otherwise by the mean.
-            Columns no longer measured stand below the others, by their paired difference to the first
-            when they were dropped; columns never measured come last.
+        order: column numbers, in a ranking labels, most diverse first: never against a decided pair,
+            otherwise by the mean. Columns no longer measured stand below the others, by their paired
+            difference to the first when they were dropped; columns never measured come last.
         certified: all pairs are decided or tied. False where there is no pair to order.
         confidence: 1 - delta: the probability with which all that is decided or tied is true.
         images: images seen so far, unusable ones included. unusable: how many of them.
@@ -482,8 +483,8 @@ class Certificate:
         approximate: the images came in an order that is not uniformly random.
     """
 
-    pairs: tuple[Pair, ...]
-    order: tuple[int, ...]
+    pairs: tuple[Pair[Name], ...]
+    order: tuple[Name, ...]
     certified: bool
     confidence: float
     images: int
@@ -498,6 +499,46 @@ class Certificate:
             "pairs": [dataclasses.asdict(pair) for pair in self.pairs],
             "order": list(self.order),
         }
+
+    @staticmethod
+    def from_dict(content: dict[str, Any]) -> Certificate[str]:
+        """A certificate with labels from what `to_dict` gave; further keys are ignored.
+
+        Raises:
+            KeyError, TypeError: something is missing.
+        """
+        fields = {f.name: content[f.name] for f in dataclasses.fields(Certificate)}
+        pairs: tuple[Pair[str], ...] = tuple(Pair(**pair) for pair in fields["pairs"])
+        return Certificate(**fields | {"pairs": pairs, "order": tuple(fields["order"])})
+
+    def named(self: Certificate[int], names: Sequence[str]) -> Certificate[str]:
+        """The same with the labels of the columns in place of their numbers."""
+        pairs: tuple[Pair[str], ...] = tuple(
+            Pair(**vars(pair) | {"first": names[pair.first], "second": names[pair.second]})
+            for pair in self.pairs
+        )
+        order = tuple(names[column] for column in self.order)
+        return Certificate(**vars(self) | {"pairs": pairs, "order": order})
+
+    def decided(self) -> set[tuple[Name, Name]]:
+        """All (a, b) where a is certified to be more diverse than b, also by way of others.
+
+        A teacher that was dropped is no longer compared, but whoever beats what beat it beats it too; all
+        decisions hold together with the certificate's confidence, hence so does what follows from them.
+        """
+        better = {(pair.first, pair.second) for pair in self.pairs if pair.state == "decided"}
+        for middle, first, last in itertools.product(sorted(set(self.order)), repeat=3):
+            if (first, middle) in better and (middle, last) in better:
+                better.add((first, last))
+        return better
+
+    def best_of(self, eligible: Collection[Name]) -> list[Name]:
+        """Those of the eligible that are decided or tied against every other one."""
+        settled = self.decided()
+        for pair in self.pairs:
+            if pair.state == "tie":
+                settled |= {(pair.first, pair.second), (pair.second, pair.first)}
+        return [a for a in eligible if all((a, b) in settled for b in eligible if b != a)]
 
 
 class OrderCertifier:
@@ -635,7 +676,7 @@ class OrderCertifier:
         above, below = self.tests.crossed.reshape(4, -1)[:2]
         return np.where(above < below, 1, np.where(below < above, -1, 0))
 
-    def certificate(self) -> Certificate:
+    def certificate(self) -> Certificate[int]:
         """What is known after the images so far."""
         num_pairs = len(self.left)
         direction = self._direction()
@@ -644,7 +685,7 @@ class OrderCertifier:
         evidence = (self.tests.peak.reshape(4, -1)[:2].max(axis=0) - math.log(2)) / math.log(10)
         evidence = np.clip(evidence, 0, MAX_EVIDENCE)
         more = self._more_images((direction != 0) | tied)
-        pairs = []
+        pairs: list[Pair[int]] = []
         for i in range(num_pairs):
             first, second, sign = self.left[i], self.right[i], self.scale
             if direction[i] < 0 or (direction[i] == 0 and gap[i] < 0):
@@ -727,7 +768,7 @@ class OrderCertifier:
         more = np.where(settled, 0, np.where(growing, np.ceil(more), np.inf))
         return [int(count) if np.isfinite(count) else None for count in more]
 
-    def _order(self, pairs: list[Pair]) -> tuple[int, ...]:
+    def _order(self, pairs: list[Pair[int]]) -> tuple[int, ...]:
         """`Certificate.order`."""
         gaps = np.zeros((self.num_teachers, self.num_teachers))
         common = np.zeros_like(gaps, bool)
@@ -759,7 +800,7 @@ def certify_order(
     lower: float = -1.0,
     upper: float = 1.0,
     approximate: bool = False,
-) -> Certificate:
+) -> Certificate[int]:
     """Which teacher is more diverse, with probability 1 - delta for all that is said at any time.
 
     Args:

@@ -1,48 +1,52 @@
 """Token similarity by block depth: where a network over-smooths, and which block is the most diverse teacher."""
 
 import json
+import logging
 import os
-import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import timm
 import torch
 from torch import nn
-from tqdm import tqdm
 
+from tokdiv.autotune import choose_batch_size
 from tokdiv.certify import confidence_sequence
+from tokdiv.config import Settings
 from tokdiv.data.loader import permutation, read_batches
 from tokdiv.data.open import open_source
-from tokdiv.dist import choose_device, choose_dtype
+from tokdiv.data.source import Source
+from tokdiv.dist import choose_device, choose_dtype, default_workers
 from tokdiv.errors import RunError, UsageError
 from tokdiv.figures.depth import depth_figure
 from tokdiv.figures.style import save_figure
-from tokdiv.measure import Settings
-from tokdiv.scores import write_skipped, write_whole
+from tokdiv.measure import load_measurable
+from tokdiv.progress import progress_bar
+from tokdiv.run_dir import locked_folder, write_atomic
+from tokdiv.scores import SKIPPED, write_skipped
 from tokdiv.similarity import token_similarity
-from tokdiv.teachers.load import load_teachers
 from tokdiv.teachers.spec import TeacherSpec
 from tokdiv.teachers.teacher import Teacher
 
-CONFIDENCE = 0.99  # of each teacher's curve as a whole
+log = logging.getLogger(__name__)
+
+CONFIDENCE = 0.99  # of all points of a teacher's curve together
 
 
 def measure_depth(
-    data: str,
+    data: str | os.PathLike[str],
     teachers: Sequence[str | TeacherSpec | Teacher],
-    out: str | Path,
+    out: str | os.PathLike[str],
     *,
     max_images: int | None = 1000,
-    batch_size: int = 64,
+    batch_size: int | Literal["auto"] = 64,
     workers: int | None = None,
     device: str = "auto",
-    dtype: str = "auto",
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     seed: int = 0,
-    image_size: Any = None,
+    image_size: int | Literal["native"] | None = None,
 ) -> pd.DataFrame:
     """Measure the token similarity of every block of each teacher, from one forward pass.
 
@@ -57,89 +61,86 @@ def measure_depth(
     Raises:
         UsageError: a mistake in the call. RunError: no usable image, or a block that yields NaN.
     """
-    Settings(
+    settings = Settings(
         max_images=max_images,
         batch_size=batch_size,
         workers=workers,
-        dtype=dtype,  # type: ignore[arg-type]
+        dtype=dtype,
         seed=seed,
         image_size=image_size,
-    )  # which refuses what `rank` refuses
-    folder = Path(out)
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"-o {folder}: is a file; give a folder")
-    place = choose_device(device)
-    source = open_source(data)
-    loaded = load_teachers(teachers, image_size=image_size)
-    for teacher in loaded:
-        teacher.prepare(place, choose_dtype(dtype, place))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(
-            f"-o {folder}: cannot be written to ({error.strerror}); give another folder"
-        ) from None
+    )
+    chosen = choose_device(device)
+    source = open_source(os.fspath(data))
+    loaded = load_measurable(teachers, image_size, chosen, choose_dtype(dtype, chosen))
     count = min(max_images or source.count or 1000, source.count or max_images or 1000)
-    order = permutation(source.count, seed) if source.permutable and source.count else None
-    blocks = [
-        np.arange(start, min(start + batch_size, count)) for start in range(0, count, batch_size)
-    ]
-    scores: dict[str, list[np.ndarray]] = {teacher.name: [] for teacher in loaded}
-    shapes: dict[str, list[tuple[int, int]]] = {}
+    if batch_size == "auto":
+        batch_size = choose_batch_size(loaded, count)
+    with locked_folder(out) as folder:
+        scores, shapes, skipped = _measure(source, loaded, settings, count, batch_size, chosen)
+        rows = []
+        for teacher in loaded:
+            rows += _rows(teacher, scores[teacher.name], shapes[teacher.name], source.count)
+        table = pd.DataFrame(rows)
+        write_skipped(folder, skipped)
+        write_atomic(folder / "depth.csv", table.to_csv(index=False))
+        found = {"source": source.name, "count": source.count, "fingerprint": source.fingerprint}
+        content = {
+            "schema_version": 1,
+            "data": found,
+            "confidence": CONFIDENCE,
+            "teachers": [teacher.spec.to_dict() for teacher in loaded],
+            "blocks": rows,
+        }
+        write_atomic(folder / "depth.json", json.dumps(content, indent=2) + "\n")
+        columns = ["block", "mean_similarity", "ci_low", "ci_high"]
+        curves = table[~table["norm"]].groupby("teacher", sort=False)[columns]
+        figure = depth_figure({str(name): tuple(curve.to_numpy().T) for name, curve in curves})  # type: ignore[misc]
+        for suffix in ("png", "svg"):
+            save_figure(figure, folder / f"depth.{suffix}")
+    if skipped:
+        log.warning("unusable images skipped: %s (see %s)", f"{len(skipped):,}", folder / SKIPPED)
+    return table
+
+
+def _measure(
+    source: Source,
+    teachers: Sequence[Teacher],
+    settings: Settings,
+    count: int,
+    batch_size: int,
+    device: torch.device,
+) -> tuple[dict[str, np.ndarray], dict[str, list[tuple[int, int]]], list[tuple[str, str]]]:
+    """Scores and (K, C) of each teacher's blocks, and the unusable images with their reasons.
+
+    The scores are (n, blocks), a row per image in the order measured; NaN where it cannot be used.
+    """
+    permuted = source.permutable and source.count is not None
     batches = read_batches(
         source,
-        order,
-        blocks,
-        {t.size for t in loaded},
-        workers=workers or os.cpu_count() or 1,
-        seed=seed,
+        permutation(source.count or 0, settings.seed) if permuted else None,
+        np.split(np.arange(count), range(batch_size, count, batch_size)),
+        {teacher.size for teacher in teachers},
+        workers=settings.workers or default_workers(),
+        seed=settings.seed,
     )
-    usable: list[np.ndarray] = []
+    scores: dict[str, list[np.ndarray]] = {teacher.name: [] for teacher in teachers}
+    shapes: dict[str, list[tuple[int, int]]] = {}
     skipped: list[tuple[str, str]] = []
-    with tqdm(total=count, unit="image", disable=None) as bar:
+    with progress_bar(total=count, unit="image") as bar:
         for batch in batches:
-            usable.append(batch.usable)
-            keys = [key for key, good in zip(batch.keys, batch.usable) if good]
-            for teacher in loaded if keys else ():
-                views = batch.views[teacher.size].to(place)
-                found, shapes[teacher.name] = _block_scores(teacher, views, keys)
-                scores[teacher.name].append(found)
+            keys = [key for key, usable in zip(batch.keys, batch.usable) if usable]
             skipped += [(k, reason) for k, reason in zip(batch.keys, batch.reasons) if reason]
+            for teacher in teachers if keys else ():
+                views = batch.views[teacher.size].to(device)
+                found, shapes[teacher.name] = _block_scores(teacher, views, keys)
+                rows = np.full((len(batch), found.shape[1]), np.nan)
+                rows[batch.usable] = found
+                scores[teacher.name].append(rows)
             bar.update(len(batch))
     if not shapes:
         first = f" (the first: '{skipped[0][0]}': {skipped[0][1]})" if skipped else ""
         raise RunError(f"none of the {count:,} images of '{source.name}' could be used{first}")
-    rows = []
-    for teacher in loaded:
-        # A row per image in the order measured; NaN where it could not be used.
-        whole = np.full((sum(map(len, usable)), len(shapes[teacher.name])), np.nan)
-        whole[np.concatenate(usable)] = np.concatenate(scores[teacher.name])
-        rows += _rows(teacher, whole, shapes[teacher.name], source.count)
-    table = pd.DataFrame(rows)
-    write_skipped(folder / "skipped.csv", skipped)
-    write_whole(folder / "depth.csv", table.to_csv(index=False))
-    content = {
-        "schema_version": 1,
-        "data": {"source": source.name, "count": source.count, "fingerprint": source.fingerprint},
-        "confidence": CONFIDENCE,
-        "teachers": [teacher.spec.to_dict() for teacher in loaded],
-        "blocks": rows,
-    }
-    write_whole(folder / "depth.json", json.dumps(content, indent=2) + "\n")
-    curves: dict[str, Any] = {}
-    for name, curve in table[~table["norm"]].groupby("teacher", sort=False):
-        curves[str(name)] = tuple(
-            curve[c].to_numpy() for c in ("block", "mean_similarity", "ci_low", "ci_high")
-        )
-    figure = depth_figure(curves)
-    for suffix in ("png", "svg"):
-        save_figure(figure, folder / f"depth.{suffix}")
-    if skipped:
-        print(
-            f"warning: unusable images skipped: {len(skipped):,} (see {folder / 'skipped.csv'})",
-            file=sys.stderr,
-        )
-    return table
+    return {name: np.concatenate(rows) for name, rows in scores.items()}, shapes, skipped
 
 
 def _block_scores(

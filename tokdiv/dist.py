@@ -1,4 +1,4 @@
-"""One process or many: what torchrun sets in the environment, collectives, signals, and default workers."""
+"""One process or several: the environment of torchrun, collectives, signals, default workers, device and dtype."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ import torch
 import torch.distributed as distributed
 from torch import Tensor
 
-from tokdiv.errors import LostPeer, RunError, SharedError, UsageError
+from tokdiv.errors import EXIT_CODES, LostPeer, RunError, SharedError, UsageError
 from tokdiv.memory import freed_memory_kept
 
 T = TypeVar("T")
@@ -57,12 +57,14 @@ class Processes:
             distributed.broadcast_object_list(box, src=0)
         return box[0]
 
-    def on_first(self, call: Callable[[], T]) -> T:
+    def on_first(self, call: Callable[..., T], *arguments: Any) -> T:
         """Call a function on rank 0 alone; its result, or its UsageError or RunError, on every process."""
+        if self.world == 1:
+            return call(*arguments)
         result: Any = None
         if self.rank == 0:
             try:
-                result = call()
+                result = call(*arguments)
             except (UsageError, RunError) as error:
                 result = error
         result = self.broadcast(result)
@@ -122,7 +124,7 @@ class Processes:
                 distributed.barrier()
 
     def _wire(self) -> torch.device:
-        """Where tensors cross between processes: nccl alone takes the GPU's, everything else has gloo."""
+        """The device that collectives take tensors from: the GPU with plain nccl, else the CPU."""
         return self.device if distributed.get_backend() == "nccl" else torch.device("cpu")
 
 
@@ -142,12 +144,13 @@ def _peers() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise LostPeer(
-            "another process of this run ended; what was saved is whole: the same command goes on from there"
+            "another process of this run ended or stopped answering; what was saved is complete: the same command "
+            "goes on from there"
         ) from error
 
 
 def first_to_report() -> bool:
-    """Whether none of the other processes that are left has asked this before; rank 0 where nobody counts."""
+    """True on exactly one of the surviving processes (on rank 0 where torchrun's store is gone)."""
     try:
         # torchrun itself keeps this store, so that it outlives the processes.
         store = distributed.TCPStore(
@@ -164,11 +167,11 @@ def first_to_report() -> bool:
 
 @contextmanager
 def processes(device: str = "auto") -> Iterator[Processes]:
-    """Join the other processes that torchrun started; alone, this is the only one.
+    """Join the processes that torchrun started; without torchrun there is this one only.
 
-    What lies on a GPU crosses over nccl, what lies in CPU memory over gloo. A ranking exchanges scores and
-    decisions alone, small arrays in CPU memory; a pretraining run its gradients. On a CPU, freed memory is
-    kept meanwhile (`memory.freed_memory_kept`).
+    Tensors on a GPU are exchanged through nccl, those in CPU memory through gloo. A ranking exchanges only scores
+    and decisions (small arrays in CPU memory), a pretraining its gradients. On a CPU, freed memory is kept
+    within the context (`memory.freed_memory_kept`).
 
     Args:
         device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:N" or "mps".
@@ -231,12 +234,6 @@ def _cgroup_cores() -> int | None:
     if not quota.isdecimal() or not period.isdecimal() or not int(period):  # "max", or -1
         return None
     return -(-int(quota) // int(period))
-
-
-# SIGUSR1 is SLURM's warning before a job ends: the run is unfinished, as after SIGTERM.
-EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
-if hasattr(signal, "SIGUSR1"):
-    EXIT_CODES[signal.SIGUSR1] = 143
 
 
 @dataclass

@@ -1,5 +1,12 @@
 """The kinds of failure that a user meets, each with its exit code."""
 
+import signal
+
+# SIGUSR1 is SLURM's warning before a job ends: the run is unfinished, as after SIGTERM.
+EXIT_CODES: dict[int, int] = {signal.SIGINT: 130, signal.SIGTERM: 143}
+if hasattr(signal, "SIGUSR1"):
+    EXIT_CODES[signal.SIGUSR1] = 143
+
 
 class UsageError(ValueError):
     """A mistake in the call: the command line answers with one line and exit code 2.
@@ -31,6 +38,11 @@ class Interrupted(Exception):
     def __init__(self, signal: int, done: str) -> None:
         super().__init__(f"interrupted after {done}; the same command goes on from there")
         self.signal = signal
+
+    @property
+    def exit_code(self) -> int:
+        """Of the command line."""
+        return EXIT_CODES.get(self.signal, 1)
 
 
 def first_line(error: BaseException, limit: int = 300) -> str:

@@ -1,22 +1,24 @@
 """Similarity maps: the cosine of every token to one query token (Figure 3 of arXiv 2304.12535)."""
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tokdiv.data.loader import UnusableImage, center_view, decode_image
+from tokdiv.config import Settings
+from tokdiv.data.decode import UnusableImage, center_view, decode_image
 from tokdiv.dist import choose_device, choose_dtype
-from tokdiv.errors import RunError, UsageError
+from tokdiv.errors import RunError, UsageError, first_line
 from tokdiv.figures.maps import maps_figure
 from tokdiv.figures.style import save_figure
+from tokdiv.measure import load_measurable
 from tokdiv.similarity import cosine_map, token_similarity
-from tokdiv.teachers.load import load_teachers
 from tokdiv.teachers.spec import TeacherSpec
 from tokdiv.teachers.teacher import Teacher
 
@@ -24,14 +26,14 @@ CENTER = (0.5, 0.5)  # the query where none is given, in units of the view
 
 
 def draw_maps(
-    images: Sequence[str | Path],
+    images: Sequence[str | os.PathLike[str]],
     teachers: Sequence[str | TeacherSpec | Teacher],
-    out: str | Path,
+    out: str | os.PathLike[str],
     *,
     query: tuple[float, float] | None = None,
     device: str = "auto",
-    dtype: str = "auto",
-    image_size: Any = None,
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    image_size: int | Literal["native"] | None = None,
 ) -> Path:
     """Draw each image with its query patch, and per teacher the cosine of every token to the query token.
 
@@ -39,30 +41,24 @@ def draw_maps(
         images: files, a row each.
         teachers: SPECs, TeacherSpecs or Teachers, a column each.
         out: .png, .svg or .pdf.
-        query: two whole numbers are the (row, column) of a patch in the finest grid, counted from 0; other
-            two are a place in units of the view, 0 to 1. None is the center.
+        query: two ints are the (row, column) of a patch in the finest grid, counted from 0; two floats are
+            a point in units of the view, 0 to 1. None is the center.
 
     Raises:
         UsageError: a file that is no image, a teacher that cannot be loaded, an unknown suffix, a query
-            outside of the grid.
+            outside the grid.
         RunError: a teacher that yields NaN.
     """
-    if Path(out).suffix.lower() not in (".png", ".svg", ".pdf"):
+    Settings(dtype=dtype, image_size=image_size)  # checks them
+    picture = Path(out)
+    if picture.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise UsageError(f"-o {out}: expected a name that ends in .png, .svg or .pdf")
-    if not Path(out).parent.is_dir():
-        raise UsageError(f"-o {out}: there is no folder '{Path(out).parent}'")
-    pictures = [_open(image) for image in images]
-    place = choose_device(device)
-    loaded = load_teachers(teachers, image_size=image_size)
-    for teacher in loaded:
-        if teacher.num_tokens < 2:
-            raise UsageError(
-                f"{teacher.name} gives K = 1 token at {teacher.size} px: there is no other one to compare it "
-                f"with; use a larger --image-size or an earlier block (:blocks=N)"
-            )
-    for teacher in loaded:
-        teacher.prepare(place, choose_dtype(dtype, place))
-    found = measure_maps(pictures, loaded, place, _in_view(query or CENTER, loaded))
+    if not picture.parent.is_dir():
+        raise UsageError(f"-o {out}: there is no folder '{picture.parent}'")
+    decoded = [_open(image) for image in images]
+    chosen = choose_device(device)
+    loaded = load_measurable(teachers, image_size, chosen, choose_dtype(dtype, chosen))
+    found = measure_maps(decoded, loaded, chosen, _in_view(query or CENTER, loaded))
     for image, similarities in zip(images, found.similarities):
         for teacher, similarity in zip(loaded, similarities):
             if math.isnan(similarity):
@@ -77,12 +73,34 @@ def draw_maps(
         found.similarities,
         tokens=found.tokens,
     )
-    return save_figure(figure, out)
+    return save_figure(figure, picture)
+
+
+def parse_query(text: str) -> tuple[float, float]:
+    """The query of `draw_maps` from `ROW,COL`: 7,3 is a patch, 0.5,0.25 a point in the view.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if len(parts) == 2 and all(part.isdecimal() for part in parts):
+        return int(parts[0]), int(parts[1])
+    try:
+        row, column = (float(part) for part in parts)
+    except ValueError:
+        raise UsageError(
+            f"--query {text}: expected ROW,COL, as 7,3 (a patch) or 0.5,0.25 (a point in the view)"
+        ) from None
+    if not (0 <= row <= 1 and 0 <= column <= 1):
+        raise UsageError(
+            f"--query {text}: expected ROW,COL from 0 (top, left) to 1 (bottom, right)"
+        )
+    return row, column
 
 
 @dataclass(frozen=True)
 class Maps:
-    """Of N images and T teachers, what `plots.maps_figure` draws.
+    """What `maps_figure` draws, of N images and T teachers.
 
     Attributes:
         views: N arrays (H, W, 3) uint8, as the first teacher sees them.
@@ -114,26 +132,23 @@ def measure_maps(
     """
     row, column = query
     found = Maps([], [], [], [], [])
+    finest = max(range(len(teachers)), key=lambda n: teachers[n].num_tokens)
     for picture in pictures:
-        cosines, places, scores = [], [], []
+        cosines, cells, scores = [], [], []
         for teacher in teachers:
-            view = center_view(picture, teacher.size)
-            tokens = teacher(view[None].to(device))
+            tokens = teacher(center_view(picture, teacher.size)[None].to(device))
             rows, columns = teacher.grid
-            cell = min(int(row * rows), rows - 1), min(int(column * columns), columns - 1)
-            cosines.append(
-                cosine_map(tokens, cell[0] * columns + cell[1])[0].view(rows, columns).cpu().numpy()
-            )
-            places.append(cell)
+            top, left = min(int(row * rows), rows - 1), min(int(column * columns), columns - 1)
+            cosine = cosine_map(tokens, top * columns + left)[0]
+            cosines.append(cosine.view(rows, columns).cpu().numpy())
+            cells.append((top, left))
             scores.append(float(token_similarity(tokens)[0]))
         found.views.append(center_view(picture, teachers[0].size).permute(1, 2, 0).numpy())
         found.maps.append(cosines)
-        found.tokens.append(places)
+        found.tokens.append(cells)
         found.similarities.append(scores)
-        # The patch outlined in the image is that of the finest grid: the others' hold it.
-        finest = max(range(len(teachers)), key=lambda n: teachers[n].num_tokens)
-        rows, columns = teachers[finest].grid
-        top, left = places[finest]
+        # The patch outlined in the image is that of the finest grid; those of the others contain it.
+        (rows, columns), (top, left) = teachers[finest].grid, cells[finest]
         found.rectangles.append(
             (top / rows, left / columns, (top + 1) / rows, (left + 1) / columns)
         )
@@ -154,10 +169,10 @@ def _in_view(query: tuple[float, float], teachers: Sequence[Teacher]) -> tuple[f
     return (row + 0.5) / rows, (column + 0.5) / columns
 
 
-def _open(path: str | Path) -> torch.Tensor:
+def _open(path: str | os.PathLike[str]) -> torch.Tensor:
     try:
         return decode_image(Path(path).read_bytes())
     except UnusableImage as unusable:
         raise UsageError(f"'{path}' is no usable image: {unusable.reason}") from None
     except OSError as error:
-        raise UsageError(f"'{path}': {error.strerror}; expected an image file") from None
+        raise UsageError(f"'{path}': {first_line(error)}; expected an image file") from None

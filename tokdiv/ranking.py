@@ -1,55 +1,31 @@
-"""From the score array to the ranking, and the folder RUN that hands it over.
+"""From the score array to the ranking, and RUN/ranking.json, which hands it over.
 
-RUN/ranking.json is the contract with everything behind it (the report, `img2vec pretrain`): it holds all that is
+ranking.json is the contract with everything that follows (the report, `img2vec pretrain`): it holds all that is
 needed to load each teacher again, with the sha256 of its weights.
 """
 
-import contextlib
 import dataclasses
-import errno
-import itertools
 import json
 import os
-import platform
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
-from filelock import FileLock, Timeout
 
-from tokdiv import __version__
-from tokdiv.certify import Certificate, confidence_sequence
+from tokdiv.certify import Certificate, Pair, confidence_sequence
+from tokdiv.config import Settings
+from tokdiv.data.source import Source
 from tokdiv.errors import RunError, UsageError
-from tokdiv.scores import CHUNK, ScoreTable, write_skipped, write_whole
+from tokdiv.run_config import SCHEMA_VERSION, stored_config, stored_rates
+from tokdiv.run_dir import CONFIG, read_json, write_atomic
+from tokdiv.scores import ScoreTable
 from tokdiv.teachers.spec import LoadedSpec, TeacherSpec
 
-if TYPE_CHECKING:
-    from tokdiv.data.source import Source
-    from tokdiv.measure import Settings
-
-Name = TypeVar("Name", int, str)
-
-SCHEMA_VERSION = 1
-# Settings that change scores or what is concluded from them; a RUN is only resumed with the same. More
-# images are no contradiction: they go on where the others ended.
-BINDING = ("seed", "image_size", "dtype", "confidence", "certify", "tie", "allow_baselines")
-SPEC_IDENTITY = (
-    "architecture",
-    "sha256",
-    "size",
-    "block",
-    "norm",
-    "mean",
-    "std",
-    "arguments",
-    "seed",
-)
+RANKING = "ranking.json"
+REPORT_FILES = ("report.html", "similarity.png", "similarity.svg")  # what shows it
 
 
 @dataclass(frozen=True)
@@ -89,28 +65,64 @@ class Ranking:
     Attributes:
         data: source, count, fingerprint, and how many images were looked at and unusable.
         settings: those of the run.
-        certificate: certified, confidence, pairs by name.
+        certificate: what is certain about the order; its pairs name the teachers.
         teachers: best first.
         best_name: the winner, a trained teacher if there is one.
         rates: images per second of each teacher, on this machine; not part of the hand-over.
     """
 
     data: dict[str, Any]
-    settings: dict[str, Any]
-    certificate: dict[str, Any]
+    settings: Settings
+    certificate: Certificate[str]
     teachers: list[RankedTeacher]
     best_name: str
     rates: dict[str, float] = dataclasses.field(default_factory=dict, compare=False)
 
     @property
-    def best(self) -> TeacherSpec:
-        """The winner, as `load_teacher` and `img2vec.train` take it."""
+    def best(self) -> LoadedSpec:
+        """The winner, as `load_teacher` and `img2vec.pretrain` take it."""
         return self[self.best_name].spec
 
     @property
     def certified(self) -> bool:
         """Whether every pair is decided or tied."""
-        return bool(self.certificate["certified"])
+        return self.certificate.certified
+
+    @property
+    def best_certified(self) -> bool:
+        """Whether the winner is decided or tied against every other teacher that may win."""
+        return len(self.teachers) > 1 and bool(self.certificate.best_of(self.eligible))
+
+    @property
+    def co_winners(self) -> list[str]:
+        """Teachers tied with the winner, best first."""
+        tied = [{p.first, p.second} for p in self.certificate.pairs if p.state == "tie"]
+        return [
+            n for n in self.certificate.order if {self.best_name, n} in tied and n in self.eligible
+        ]
+
+    @property
+    def eligible(self) -> list[str]:
+        """The teachers that may win, best first."""
+        specs = [teacher.spec for teacher in self.teachers]
+        indices = eligible_teachers(specs, self.settings.allow_baselines)
+        return [self.teachers[n].name for n in indices]
+
+    @property
+    def next_best(self) -> RankedTeacher | None:
+        """The one that would win without the winner; None where no other one may."""
+        others = [name for name in self.eligible if name != self.best_name]
+        return self[others[0]] if others else None
+
+    @property
+    def names(self) -> list[str]:
+        """The labels, best first."""
+        return [teacher.name for teacher in self.teachers]
+
+    @property
+    def num_usable(self) -> int:
+        """Images that could be used."""
+        return self.data["images"] - self.data["unusable"]
 
     def __getitem__(self, name: str) -> RankedTeacher:
         return next(teacher for teacher in self.teachers if teacher.name == name)
@@ -118,62 +130,25 @@ class Ranking:
     @property
     def table(self) -> pd.DataFrame:
         """One row per teacher, best first."""
-        rows = []
-        for teacher in self.teachers:
-            row = {
-                f.name: getattr(teacher, f.name)
-                for f in dataclasses.fields(teacher)
-                if f.name != "spec"
-            }
-            spec = teacher.spec
-            row |= {
-                key: getattr(spec, key)
-                for key in ("num_tokens", "dim", "parameters", "norm", "method")
-            }
-            rows.append(row | {"weights": spec.weights, "sha256": spec.sha256})
+        names = [f.name for f in dataclasses.fields(RankedTeacher) if f.name != "spec"]
+        of_spec = ("num_tokens", "dim", "parameters", "norm", "method", "weights", "sha256")
+        rows = [
+            {name: getattr(teacher, name) for name in names}
+            | {name: getattr(teacher.spec, name) for name in of_spec}
+            for teacher in self.teachers
+        ]
         return pd.DataFrame(rows).astype({"centred_similarity": float, "similarity_7x7": float})
 
-    def to_dict(self) -> dict[str, Any]:
-        """The content of ranking.json."""
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "data": self.data,
-            "settings": self.settings,
-            "certificate": self.certificate,
-            "teachers": [dataclasses.asdict(teacher) for teacher in self.teachers],
-            "best": self.best_name,
-        }
-
-    @property
-    def next_best(self) -> RankedTeacher | None:
-        """The one that would win without the winner; None where no other one may."""
-        eligible = eligible_teachers(
-            [t.spec for t in self.teachers], self.settings["allow_baselines"]
-        )
-        others = [self.teachers[n] for n in eligible if self.teachers[n].name != self.best_name]
-        return others[0] if others else None
-
-    def pair(self, first: str, second: str) -> dict[str, Any]:
-        """What the certificate says of two teachers, its gap that of `second` above `first`."""
+    def pair(self, first: str, second: str) -> Pair[str]:
+        """What is known of two teachers, in this order: the gap is that of `second` above `first`."""
         names = {first, second}
-        pair = next(p for p in self.certificate["pairs"] if {p["first"], p["second"]} == names)
-        if pair["first"] == first:
+        pair = next(p for p in self.certificate.pairs if {p.first, p.second} == names)
+        if pair.first == first:
             return pair
-        turned = {"gap": -pair["gap"] + 0.0, "low": -pair["high"], "high": -pair["low"]}
-        return pair | {"first": first, "second": second} | turned
-
-    def decided(self) -> set[tuple[str, str]]:
-        """All (a, b) where a is certified to be more diverse than b, also by way of others."""
-        pairs = self.certificate["pairs"]
-        return _consequences({(p["first"], p["second"]) for p in pairs if p["state"] == "decided"})
-
-    def _contenders(self) -> set[str]:
-        """Who may win and is not certified to stand below another one that may."""
-        eligible = eligible_teachers(
-            [t.spec for t in self.teachers], self.settings["allow_baselines"]
+        gap = -pair.gap + 0.0  # no -0.0
+        return dataclasses.replace(
+            pair, first=first, second=second, gap=gap, low=-pair.high, high=-pair.low
         )
-        names = {self.teachers[n].name for n in eligible}
-        return names - {worse for better, worse in self.decided() if better in names}
 
     def order_by(self, column: str) -> list[str]:
         """The trained teachers by another measure, most diverse first; those without it left out.
@@ -185,39 +160,31 @@ class Ranking:
         return [t.name for t in sorted(trained, key=lambda teacher: getattr(teacher, column))]
 
     def verdict(self) -> str:
-        """How far the result is certain, and what it was measured on, in a sentence."""
-        of_best = self.settings["certify"] == "best"
-        certified = self.certificate["best_certified"] if of_best else self.certified
+        """How far the result is certain, and what it was measured on, in one or two sentences."""
+        num_seen, count = self.data["images"], self.data["count"]
+        images = f"{num_seen:,} images" if count is None else f"{num_seen:,} of {count:,} images"
+        dtype: str = self.settings.dtype
+        if others := [teacher.name for teacher in self.teachers if teacher.dtype != dtype]:
+            dtype += f" ({', '.join(others)} in float32)"
+        if len(self.teachers) < 2:
+            return f"Measured on {images}, scored in {dtype}."
+        of_best = self.settings.certify == "best"
+        certified = self.best_certified if of_best else self.certified
         state = (
             f"{'Winner' if of_best else 'Order'} {'certified' if certified else 'not certified'}"
         )
-        seen, count = self.data["images"], self.data["count"]
-        images = f"{seen:,} images" if count is None else f"{seen:,} of {count:,} images"
-        if len(self.teachers) < 2:
-            return f"Measured on {images}, scored in {self._dtypes()}."
-        return (
-            f"{state} at {self.certificate['confidence']:.6g} confidence from {images}, scored in "
-            f"{self._dtypes()}."
-        )
-
-    def _dtypes(self) -> str:
-        """ "bfloat16", or "bfloat16 (a, b in float32)" where some teachers were measured otherwise."""
-        asked = self.settings["dtype"]
-        others = [teacher.name for teacher in self.teachers if teacher.dtype != asked]
-        return f"{asked} ({', '.join(others)} in float32)" if others else asked
+        confidence = f"{self.certificate.confidence:.6g} confidence"
+        return f"{state} at {confidence} from {images}, scored in {dtype}."
 
     def remarks(self) -> list[str]:
         """What a user of this ranking should know, a sentence each."""
-        return [
-            *self.about_the_winner(),
-            *self.about_the_certificate(),
-            *self.about_the_measure(),
-        ]
+        winner, certificate = self.about_the_winner(), self.about_the_certificate()
+        return [*winner, *certificate, *self.about_the_measure()]
 
     def about_the_winner(self) -> list[str]:
-        """The remarks on what the winner is."""
+        """Remarks on what the winner is."""
         best, remarks = self[self.best_name], []
-        if best.baseline and not self.settings["allow_baselines"]:
+        if best.baseline and not self.settings.allow_baselines:
             remarks.append(
                 f"All candidates are baselines: '{best.name}' is the most diverse of them, but no trained "
                 f"teacher was measured."
@@ -229,178 +196,151 @@ class Ranking:
                 f"the winner: raw signals and untrained networks are diverse without meaning, so diversity "
                 f"alone does not make them teachers."
             )
-        ties = self.certificate["co_winners"]
-        if ties:
-            remarks.append(
-                f"The winner is tied with {', '.join(ties)} (gap below {self.settings['tie']:g})."
-            )
+        if self.co_winners:
+            names = ", ".join(self.co_winners)
+            remarks.append(f"The winner is tied with {names} (gap below {self.settings.tie:g}).")
         return remarks
 
     def about_the_certificate(self) -> list[str]:
-        """The remarks on what is certain and what is not."""
-        certificate, remarks = self.certificate, []
+        """Remarks on what is certain and what is not."""
+        remarks = []
         if len(self.teachers) < 2:
+            remarks.append("One teacher only: it has an interval, but there is nothing to order.")
+        for pair in self.certificate.pairs:
+            if pair.state != "open" or not {pair.first, pair.second} <= self._in_question():
+                continue
+            if self.data["images"] == self.data["count"]:
+                about = "no image is left: those that could not be used keep it open"
+            elif pair.more_images:
+                about = f"about {pair.more_images:,} images more would settle it"
+            else:
+                about = "more images may settle it"
             remarks.append(
-                "One teacher alone: it was measured, with an interval; there is nothing to order."
+                f"Not decided within {pair.images:,} images: {pair.first} before {pair.second}, gap "
+                f"{pair.gap:.4f} ({pair.low:.4f} to {pair.high:.4f}); {about}."
             )
-        names = {teacher.name for teacher in self.teachers}
-        if self.settings["certify"] == "best":
-            names = set() if certificate["best_certified"] else self._contenders()
-        for pair in certificate["pairs"]:
-            if pair["state"] == "open" and {pair["first"], pair["second"]} <= names:
-                more = pair["more_images"]
-                if self.data["images"] == self.data["count"]:
-                    about = "no image is left: those that could not be used keep it open"
-                elif more:
-                    about = f"about {more:,} images more would settle it"
-                else:
-                    about = "more images may settle it"
-                remarks.append(
-                    f"Not decided within {pair['images']:,} images: {pair['first']} before {pair['second']}, gap "
-                    f"{pair['gap']:.4f} ({pair['low']:.4f} to {pair['high']:.4f}); {about}."
-                )
-        if certificate["approximate"]:
+        if self.certificate.approximate:
             remarks.append(
                 "The guarantees are approximate: a stream of shards cannot be put in uniformly random order."
             )
-        if self.data["unusable"]:
+        if num_unusable := self.data["unusable"]:
+            num_seen = self.data["images"]
             remarks.append(
-                f"{self.data['unusable']:,} of {self.data['images']:,} images could not be used: skipped.csv."
+                f"{num_unusable:,} of {num_seen:,} images could not be used: skipped.csv."
             )
         return remarks
 
+    def _in_question(self) -> set[str]:
+        """The teachers whose open pairs matter: all, or for `best` those that may still win."""
+        if self.settings.certify != "best":
+            return {teacher.name for teacher in self.teachers}
+        if self.best_certified:
+            return set()
+        eligible = set(self.eligible)
+        return eligible - {b for a, b in self.certificate.decided() if a in eligible}
+
     def about_the_measure(self) -> list[str]:
-        """The remarks on measures by which another one would win, and on teachers that no file holds."""
-        own = [t.name for t in self.teachers if t.spec.is_custom]
+        """Remarks on measures by which another teacher would win, and on teachers that no file holds."""
         remarks = [
-            f"{name} is made by code of your own: it cannot be loaded again without that code."
-            for name in own
+            f"{t.name} is made by code of your own: it cannot be loaded again without that code."
+            for t in self.teachers
+            if t.spec.is_custom
         ]
-        trained = [t for t in self.teachers if not t.baseline]
+        trained = [t.name for t in self.teachers if not t.baseline]
         for column, what in (
             ("centred_similarity", "Centred at its mean token"),
             ("similarity_7x7", "Pooled to a 7x7 grid"),
         ):
             order = self.order_by(column)
-            comparable = [t.name for t in trained if t.name in order]
-            if len(order) > 1 and order[0] != comparable[0]:
+            if len(order) > 1 and order[0] != next(name for name in trained if name in order):
                 remarks.append(f"{what}, {order[0]} would come first.")
         return remarks
 
-    def write(self, folder: Path, table: ScoreTable) -> None:
-        """Write what RUN hands over: ranking, scores, skipped images. `tokdiv.report.build` draws it.
+    def to_dict(self) -> dict[str, Any]:
+        """The content of ranking.json."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "data": self.data,
+            "settings": dataclasses.asdict(self.settings),
+            "certificate": self.certificate.to_dict()
+            | {"best_certified": self.best_certified, "co_winners": self.co_winners},
+            "teachers": [dataclasses.asdict(teacher) for teacher in self.teachers],
+            "best": self.best_name,
+        }
+
+    def write(self, folder: Path) -> None:
+        """Write ranking.csv and ranking.json; the report of an earlier ranking goes.
 
         Raises:
             RunError: the disk is full or not writable.
         """
-        columns = {teacher.name: table.teachers.index(teacher.name) for teacher in self.teachers}
-        write_whole(folder / "scores.parquet", lambda file: _write_scores(file, table, columns))
-        skipped = ((table.key(p), reason) for p, reason in sorted(table.reasons.items()))
-        write_skipped(folder / "skipped.csv", skipped)
-        write_whole(folder / "ranking.csv", self.table.to_csv(index=False))
-        # The hand-over goes last: where it is, everything else is there too.
-        write_whole(folder / "ranking.json", json.dumps(self.to_dict(), indent=2) + "\n")
-
-
-def _write_scores(file: BinaryIO, table: ScoreTable, columns: dict[str, int]) -> None:
-    """scores.parquet: a row an image that could be used, a stretch at a time, so that memory stays small."""
-    fields = [("position", pa.int64()), ("key", pa.string())]
-    schema = pa.schema([*fields, *((name, pa.float32()) for name in columns)])
-    with pq.ParquetWriter(file, schema) as writer:
-        for start in range(0, table.front, CHUNK):
-            stop = min(start + CHUNK, table.front)
-            usable = [p for p in range(start, stop) if p not in table.reasons]
-            scores = table.rows(start, stop)[np.array(usable, dtype=np.int64) - start]
-            arrays = [pa.array(usable, pa.int64()), pa.array([table.key(p) for p in usable])]
-            arrays += [pa.array(scores[:, n], from_pandas=True) for n in columns.values()]
-            writer.write_table(pa.table(arrays, schema=schema))
+        for name in REPORT_FILES:
+            (folder / name).unlink(missing_ok=True)
+        write_atomic(folder / "ranking.csv", self.table.to_csv(index=False))
+        write_atomic(folder / RANKING, json.dumps(self.to_dict(), indent=2) + "\n")
 
 
 def load_ranking(path: str | os.PathLike[str]) -> Ranking:
     """Read a RUN folder or its ranking.json.
 
     Raises:
-        UsageError: it is not there, unfinished, or of another schema.
+        UsageError: it is not there, unfinished, damaged, or of another schema.
     """
     file = Path(path)
-    file = file / "ranking.json" if file.is_dir() else file
+    file = file / RANKING if file.is_dir() else file
     if not file.is_file():
-        why = "no such ranking"
-        if (file.parent / "checkpoints").is_dir():
-            why = (
-                f"this is a run of img2vec pretrain, no ranking; its page is written anew by "
-                f"img2vec.report.write_report({str(file.parent)!r})"
-            )
-        elif (file.parent / "config.json").is_file():
-            why = "this run is not finished: repeat its `tokdiv rank` command"
-        raise UsageError(f"'{file}': {why}")
+        raise UsageError(f"'{file}': {_why_missing(file.parent)}")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
         if content["schema_version"] != SCHEMA_VERSION:
             raise UsageError(
                 f"'{file}' has schema version {content['schema_version']}, expected {SCHEMA_VERSION}: use the "
                 f"tokdiv that wrote it, or rank again"
             )
-        teachers = [
-            RankedTeacher(**(row | {"spec": LoadedSpec.from_dict(row["spec"])}))
-            for row in content["teachers"]
-        ]
-        if content["best"] not in [teacher.name for teacher in teachers]:
-            raise ValueError(f"its best, {content['best']!r}, is none of its teachers")
-        return Ranking(
+        names = {field.name for field in dataclasses.fields(Settings)} & content["settings"].keys()
+        ranking = Ranking(
             content["data"],
-            content["settings"],
-            content["certificate"],
-            teachers,
+            Settings(**{name: content["settings"][name] for name in names}),
+            Certificate.from_dict(content["certificate"]),
+            [
+                RankedTeacher(**(row | {"spec": LoadedSpec.from_dict(row["spec"])}))
+                for row in content["teachers"]
+            ],
             content["best"],
-            stored_rates(file.parent),
+            stored_rates(stored_config(file.parent)),
         )
-    except (ValueError, KeyError, TypeError) as error:
+        if ranking.best_name not in [teacher.name for teacher in ranking.teachers]:
+            raise ValueError(f"its best, {ranking.best_name!r}, is none of its teachers")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, UsageError):
             raise
         raise UsageError(f"'{file}' is no ranking of tokdiv: {error}") from None
+    return ranking
+
+
+def _why_missing(folder: Path) -> str:
+    if (folder / "checkpoints").is_dir():
+        return (
+            f"this is a run of img2vec pretrain, no ranking; img2vec.report.write_report({str(folder)!r}) writes "
+            f"its page again"
+        )
+    if (folder / CONFIG).is_file():
+        return "this run is not finished: repeat its `tokdiv rank` command"
+    return "no such ranking"
 
 
 def eligible_teachers(specs: Sequence[TeacherSpec], allow_baselines: bool) -> list[int]:
-    """Which may win: baselines only where they are allowed, or alone."""
+    """Indices of the teachers that may win: baselines only if they are allowed, or if there is nothing else."""
     trained = [n for n, spec in enumerate(specs) if not spec.baseline]
     return list(range(len(specs))) if allow_baselines or not trained else trained
 
 
-def decided_pairs(certificate: Certificate) -> set[tuple[int, int]]:
-    """All (n, m) where n is certified to be more diverse than m, also by way of others.
-
-    A teacher that was dropped is no longer compared, but whoever beats what beat it beats it too; all
-    decisions hold together with the certificate's confidence, hence so does what follows from them.
-    """
-    return _consequences({(p.first, p.second) for p in certificate.pairs if p.state == "decided"})
-
-
-def _consequences(better: set[tuple[Name, Name]]) -> set[tuple[Name, Name]]:
-    """(n, m) for all n that stand above an m, be it by way of others."""
-    every = sorted({n for pair in better for n in pair})
-    all_of_them = set(better)
-    for k, n, m in itertools.product(every, repeat=3):
-        if (n, k) in all_of_them and (k, m) in all_of_them:
-            all_of_them.add((n, m))
-    return all_of_them
-
-
-def certified_best(certificate: Certificate, eligible: Sequence[int]) -> list[int]:
-    """The eligible teachers that are decided or tied against every other eligible one."""
-    settled = decided_pairs(certificate)
-    for pair in certificate.pairs:
-        if pair.state == "tie":
-            settled |= {(pair.first, pair.second), (pair.second, pair.first)}
-    return [n for n in eligible if all((n, m) in settled for m in eligible if m != n)]
-
-
 def make_ranking(
     table: ScoreTable,
-    certificate: Certificate,
+    certificate: Certificate[int],
     specs: Sequence[LoadedSpec],
-    source: "Source",
-    settings: "Settings",
+    source: Source,
+    settings: Settings,
     dtypes: dict[str, str],
     rates: dict[str, float],
 ) -> Ranking:
@@ -409,32 +349,27 @@ def make_ranking(
     Raises:
         RunError: not one image could be used.
     """
-    front = table.front
-    unusable = table.unusable(front)
-    if front == 0 or unusable == front:
-        reason = f"'{table.key(0)}': {table.reasons[0]}" if front else "there are none"
+    num_seen = table.num_seen
+    num_unusable = table.unusable(num_seen)
+    if num_unusable == num_seen:
+        reason = f"'{table.key(0)}': {table.reasons[0]}" if num_seen else "there are none"
         raise RunError(
-            f"none of the {front:,} images of '{source.name}' could be used (the first: {reason})"
+            f"none of the {num_seen:,} images of '{source.name}' could be used (the first: {reason})"
         )
     alpha = (1 - settings.confidence) / len(specs)  # so that the intervals hold together
-    rows = []
-    for place, n in enumerate(certificate.order):
+    teachers = []
+    for rank, n in enumerate(certificate.order, start=1):
         spec = specs[n]
         images = table.progress.measured[spec.name]
         x = table.column(n, images).astype(np.float64)
-        bounds = confidence_sequence(
-            x,
-            source.count,
-            alpha,
-            lower=-1 / (spec.num_tokens - 1),
-            upper=1.0,
-            times=np.array([images]),
-        )
+        lower = -1 / (spec.num_tokens - 1)
+        times = np.array([images])
+        bounds = confidence_sequence(x, source.count, alpha, lower, upper=1.0, times=times)
         mean = float(np.nanmean(x))
-        rows.append(
+        teachers.append(
             RankedTeacher(
                 name=spec.name,
-                rank=place + 1,
+                rank=rank,
                 baseline=spec.baseline,
                 spec=spec,
                 mean_similarity=mean,
@@ -443,24 +378,18 @@ def make_ranking(
                 ci_high=float(bounds.high[-1]),
                 images=int((~np.isnan(x)).sum()),
                 dtype=dtypes[spec.name],
-                centred_similarity=_mean(table.column(n, front, "centred")),
-                similarity_7x7=_mean(table.column(n, front, "pooled")),
+                centred_similarity=_mean(table.column(n, num_seen, "centred")),
+                similarity_7x7=_mean(table.column(n, num_seen, "pooled")),
             )
         )
     eligible = eligible_teachers(specs, settings.allow_baselines)
-    best = next(row for n, row in zip(certificate.order, rows) if n in eligible)
+    data = {"source": source.name, "count": source.count, "fingerprint": source.fingerprint}
     return Ranking(
-        data={
-            "source": source.name,
-            "count": source.count,
-            "fingerprint": source.fingerprint,
-            "images": front,
-            "unusable": unusable,
-        },
-        settings=dataclasses.asdict(settings),
-        certificate=_named(certificate, [spec.name for spec in specs], best.name, eligible),
-        teachers=rows,
-        best_name=best.name,
+        data=data | {"images": num_seen, "unusable": num_unusable},
+        settings=settings,
+        certificate=certificate.named([spec.name for spec in specs]),
+        teachers=teachers,
+        best_name=specs[next(n for n in certificate.order if n in eligible)].name,
         rates=rates,
     )
 
@@ -468,189 +397,3 @@ def make_ranking(
 def _mean(values: np.ndarray) -> float | None:
     present = values[~np.isnan(values)].astype(np.float64)
     return float(present.mean()) if len(present) else None
-
-
-def _named(
-    certificate: Certificate, names: list[str], best: str, eligible: list[int]
-) -> dict[str, Any]:
-    """The certificate as JSON, its pairs by name, whether it holds for the winner, and who shares its place."""
-    content = certificate.to_dict()
-    for pair in content["pairs"]:
-        pair["first"], pair["second"] = names[pair["first"]], names[pair["second"]]
-    content["order"] = [names[n] for n in certificate.order]
-    ties = [{p["first"], p["second"]} for p in content["pairs"] if p["state"] == "tie"]
-    content["best_certified"] = len(names) > 1 and bool(certified_best(certificate, eligible))
-    content["co_winners"] = [
-        names[n] for n in certificate.order if {best, names[n]} in ties and n in eligible
-    ]
-    return content
-
-
-@contextlib.contextmanager
-def open_run(
-    out: str | os.PathLike[str],
-    source: "Source",
-    settings: "Settings",
-    specs: Sequence[TeacherSpec],
-    resume: bool,
-) -> Iterator[Path]:
-    """Make the folder RUN or find it fit to be gone on with; gives the folder of its state, this process's alone.
-
-    Raises:
-        UsageError: it holds something else, or a run of other settings, data or weights, or cannot be
-            written to, or another process writes to it.
-    """
-    folder = Path(out)
-    lock = FileLock(folder / "state" / ".lock", timeout=0)
-    try:
-        if folder.exists() and not folder.is_dir():
-            raise UsageError(f"-o {folder}: is a file; give a folder")
-        config = folder / "config.json"
-        # A run killed at its very start leaves no more than these.
-        begun = {".config.json.part", "state"}
-        if folder.is_dir() and any(f.name not in begun for f in folder.iterdir()):
-            if not config.is_file():
-                raise UsageError(
-                    f"-o {folder}: the folder is not empty and holds no run; give another one"
-                )
-            if resume:
-                _check_same(_old_config(config), folder, source, settings, specs)
-            else:
-                if (folder / "state").is_dir():
-                    with lock:
-                        pass  # nobody else writes to it
-                folder.rename(_free_backup(folder))
-        state = folder / "state"
-        state.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        lock.acquire()
-    except Timeout:
-        raise UsageError(
-            f"-o {folder}: another process is writing to it; wait for it, or give another folder"
-        ) from None
-    except OSError as error:
-        raise UsageError(
-            f"-o {folder}: cannot be written to ({error.strerror}); give another folder"
-        ) from None
-    try:
-        write_config(folder, source, settings, specs)
-        yield state
-    finally:
-        lock.release()
-
-
-def write_config(
-    out: str | os.PathLike[str],
-    source: "Source",
-    settings: "Settings",
-    specs: Sequence[TeacherSpec],
-    rates: dict[str, float] | None = None,
-) -> None:
-    """Write RUN/config.json: what is measured, how, how fast (`Ranking.rates`), and by which versions."""
-    content = _config(source, settings, specs)
-    content["images_per_second"] = stored_rates(out) | (rates or {})
-    write_whole(Path(out) / "config.json", json.dumps(content, indent=2) + "\n")
-
-
-def stored_rates(out: str | os.PathLike[str]) -> dict[str, float]:
-    """Images per second of each teacher when it was last measured in the folder RUN, where that is known."""
-    try:
-        content = json.loads((Path(out) / "config.json").read_text(encoding="utf-8"))
-        return {str(name): float(rate) for name, rate in content["images_per_second"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
-
-
-def stored_batch_size(out: str | os.PathLike[str]) -> int | None:
-    """The batch size that the run in the folder RUN was measured with; None where there is none."""
-    config = Path(out) / "config.json"
-    if not config.is_file():
-        return None
-    size = _old_config(config)["settings"].get("batch_size")
-    return size if isinstance(size, int) else None
-
-
-def _old_config(file: Path) -> dict[str, Any]:
-    try:
-        old = json.loads(file.read_text(encoding="utf-8"))
-        if (
-            old["schema_version"] == SCHEMA_VERSION
-            and {"source", "count", "fingerprint"} <= old["data"].keys()
-            and {*BINDING, "max_images"} <= old["settings"].keys()
-            and all({"name", *SPEC_IDENTITY} <= teacher.keys() for teacher in old["teachers"])
-        ):
-            return old
-    except (ValueError, KeyError, TypeError, AttributeError):
-        pass
-    raise UsageError(
-        f"-o {file.parent}: its config.json is not that of a ranking, or damaged; give another folder, or "
-        f"start anew with --no-resume"
-    )
-
-
-def _free_backup(folder: Path) -> Path:
-    folder, number = folder.resolve(), 1
-    while (backup := folder.with_name(f"{folder.name}.bak-{number}")).exists():
-        number += 1
-    return backup
-
-
-def versions() -> dict[str, str]:
-    """Of this package and of what its numbers depend on."""
-    import timm
-    import torch
-    import torchvision
-
-    return {
-        "tokdiv": __version__,
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),  # a subclass of str, which no checkpoint may hold
-        "torchvision": torchvision.__version__,
-        "timm": timm.__version__,
-        "numpy": np.__version__,
-    }
-
-
-def _config(source: "Source", settings: "Settings", specs: Sequence[TeacherSpec]) -> dict[str, Any]:
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "command": sys.argv,
-        "world": int(os.environ.get("WORLD_SIZE", 1)),  # number of processes, as torchrun sets it
-        "data": {"source": source.name, "count": source.count, "fingerprint": source.fingerprint},
-        "settings": dataclasses.asdict(settings),
-        "teachers": [spec.to_dict() for spec in specs],
-        "versions": versions(),
-    }
-
-
-def _check_same(
-    old: dict[str, Any],
-    folder: Path,
-    source: "Source",
-    settings: "Settings",
-    specs: Sequence[TeacherSpec],
-) -> None:
-    """Whether a run may go on: the same data, settings and weights; teachers may join, images be more."""
-    remedy = "repeat it as it was, give another folder, or start anew with --no-resume"
-
-    def refuse(what: str, before: Any, now: Any) -> UsageError:
-        return UsageError(f"-o {folder} holds a run with {what} {before}, now {now}: {remedy}")
-
-    if old["data"]["fingerprint"] != source.fingerprint:
-        before = f"'{old['data']['source']}' of {old['data']['count']} images"
-        raise refuse("other data:", before, f"'{source.name}' of {source.count} images")
-    for key in BINDING:
-        if old["settings"][key] != getattr(settings, key):
-            raise refuse(key, old["settings"][key], getattr(settings, key))
-    before, now = old["settings"]["max_images"], settings.max_images
-    if now is not None and (before is None or now < before):
-        raise refuse("max_images", before or "all", now)
-    teachers = {spec.name: json.loads(json.dumps(spec.to_dict())) for spec in specs}
-    for stored in old["teachers"]:
-        name = stored["name"]
-        if name not in teachers:
-            raise refuse("the teacher", name, "without it")
-        for key in SPEC_IDENTITY:
-            if stored[key] != teachers[name][key]:
-                raise refuse(f"{name}: {key}", stored[key], teachers[name][key])

@@ -1,58 +1,79 @@
-"""The score array: one row per image in the order measured, one column per teacher; the one truth of a run.
+"""The score array: one row per image in the order measured, one column per teacher; all results come from it.
 
-Rank 0 holds it. It is stored in RUN/state as it grows: `scores-00000.parquet`, ... of CHUNK rows each, of which
-only those that changed are written again, and `progress.safetensors`, which says how far the measurement came
-and is written last. Each file is written to a temporary name, flushed to the disk and renamed, so whatever
-moment a run is killed at, the files are those of one earlier moment or a later one, and rows beyond the
-progress are not counted.
+The first process holds it. It is stored in RUN/state while it grows: `scores-00000.parquet`, ... of CHUNK rows
+each, of which only those that changed are written again, and `progress.safetensors`, which says how far the run
+has come and is written last. Every file is replaced atomically, so a run killed at any moment leaves files of one
+moment or of two; rows beyond the stored progress do not count. At the end RUN/scores.parquet and RUN/skipped.csv
+are written, whose columns are those of the chunks (`_schema`).
 """
 
-import contextlib
 import csv
-import errno
 import io
 import json
-import os
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from tokdiv.errors import RunError
+from tokdiv.errors import UsageError, first_line
+from tokdiv.run_dir import write_atomic
 
 CHUNK = 16_384  # rows of one file: 2 MB with 10 teachers
-MEASURES = (
-    "similarity",
-    "centred",
-    "pooled",
-)  # what is kept of every image and teacher, in this order
+MEASURES = ("similarity", "centred", "pooled")  # per image and teacher, in this order
+SCORES, SKIPPED = "scores.parquet", "skipped.csv"
 Scores = NDArray[np.float32]
+
+
+def column_name(teacher: str, measure: str = "similarity") -> str:
+    """The column of one teacher and measure in a parquet file."""
+    return teacher if measure == "similarity" else f"{measure}:{teacher}"
+
+
+def _schema(teachers: Sequence[str], measures: Sequence[str]) -> pa.Schema:
+    columns = [column_name(teacher, measure) for teacher in teachers for measure in measures]
+    fields = [("position", pa.int64()), ("key", pa.string()), ("reason", pa.string())]
+    return pa.schema([*fields, *((column, pa.float32()) for column in columns)])
+
+
+def check_labels(teachers: Sequence[str]) -> None:
+    """Raise UsageError if two columns of a parquet file would have one name."""
+    names = _schema(teachers, MEASURES).names
+    for teacher in teachers:
+        if names.count(teacher) > 1:
+            raise UsageError(
+                f"{teacher}: this label names another column of the scores; write LABEL=SPEC"
+            )
 
 
 @dataclass
 class Progress:
-    """How far a run came.
+    """How far a run has come.
 
     Attributes:
         measured: per teacher, how many positions of the order it has seen: all of [0, measured).
         dropped: the teachers that are out, with the image count at which they left.
         finished: the reason why the run ended, or None.
-        usable: per teacher, how many images its mean token holds so far.
+        num_averaged: per teacher, how many usable images its mean token is made of so far.
         token_sums: per teacher, the float64 sum (C,) of the images' mean tokens, added in image order.
     """
 
     measured: dict[str, int] = field(default_factory=dict)
     dropped: dict[str, int] = field(default_factory=dict)
     finished: str | None = None
-    usable: dict[str, int] = field(default_factory=dict)
+    num_averaged: dict[str, int] = field(default_factory=dict)
     token_sums: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+
+    @property
+    def num_seen(self) -> int:
+        """Positions that at least one teacher has seen."""
+        return max(self.measured.values(), default=0)
 
 
 class ScoreTable:
@@ -62,15 +83,17 @@ class ScoreTable:
         teachers: names, in the order of the columns.
         key_of: the key of the image at a position; None where the source is a stream, whose keys are
             recorded as they come.
-        folder: where to store it; None keeps it in memory.
+        run: the folder RUN in which `save` stores it; None keeps it in memory.
     """
 
     def __init__(
-        self, teachers: list[str], key_of: Callable[[int], str] | None, folder: Path | None = None
+        self, teachers: list[str], key_of: Callable[[int], str] | None, run: Path | None = None
     ) -> None:
         self.teachers = teachers
-        self.folder = folder
-        self.progress = Progress(dict.fromkeys(teachers, 0), usable=dict.fromkeys(teachers, 0))
+        self.state = run / "state" if run else None
+        self.progress = Progress(
+            dict.fromkeys(teachers, 0), num_averaged=dict.fromkeys(teachers, 0)
+        )
         self.reasons: dict[int, str] = {}  # position -> why the image cannot be used
         self._key_of = key_of
         self._keys: dict[int, str] = {}
@@ -78,9 +101,9 @@ class ScoreTable:
         self._changed: set[int] = set()
 
     @property
-    def front(self) -> int:
+    def num_seen(self) -> int:
         """Positions that at least one teacher has seen."""
-        return max(self.progress.measured.values(), default=0)
+        return self.progress.num_seen
 
     def key(self, position: int) -> str:
         """The key of the image at a position of the order."""
@@ -137,164 +160,233 @@ class ScoreTable:
         ]
         return np.concatenate(parts) if parts else np.empty(0, np.float32)
 
-    def forget(self, column: int, start: int) -> None:
-        """Clear a teacher's scores from a position on: it was dropped there."""
+    def advance(self, columns: Iterable[int], stop: int) -> None:
+        """Note that these teachers have seen all positions before `stop`."""
+        for column in columns:
+            self.progress.measured[self.teachers[column]] = stop
+
+    def add_mean_tokens(
+        self, positions: Sequence[int], columns: Sequence[int], tokens: Sequence[Scores]
+    ) -> None:
+        """Add usable images to the mean tokens, one by one, so that the sum does not depend on the batches.
+
+        Images that a teacher has not seen yet by its progress are left out, as their scores are.
+
+        Args:
+            positions: n, ascending.
+            columns: the teachers that measured them.
+            tokens: for each of them (n, C), the mean token of each image.
+        """
+        for column, rows in zip(columns, tokens):
+            name = self.teachers[column]
+            total = self.progress.token_sums.get(name, np.zeros(rows.shape[1]))
+            for position, row in zip(positions, rows):
+                if position < self.progress.measured[name]:
+                    total = total + row
+                    self.progress.num_averaged[name] += 1
+            self.progress.token_sums[name] = total
+
+    def drop(self, column: int, stop: int) -> None:
+        """Take a teacher out after `stop` images; later scores of it are cleared."""
+        self.progress.dropped[self.teachers[column]] = stop
+        self.advance([column], stop)
+        self._clear(column, stop)
+
+    def finish(self, reason: str, stop: int) -> None:
+        """End the run after `stop` images: later ones are forgotten."""
+        self.progress.finished = reason
+        for column, name in enumerate(self.teachers):
+            self.progress.measured[name] = min(self.progress.measured[name], stop)
+            self._clear(column, stop)
+        self.reasons = {p: reason for p, reason in self.reasons.items() if p < stop}
+
+    def reopen(self) -> None:
+        """Let a run that had finished go on: more images are allowed, or a teacher joined."""
+        self.progress.finished = None
+
+    def _clear(self, column: int, start: int) -> None:
         for number, chunk in enumerate(self._chunks):
             inside = max(start - number * CHUNK, 0)
             if inside < CHUNK and not np.isnan(chunk[inside:, column]).all():
                 chunk[inside:, column] = np.nan
                 self._changed.add(number)
 
-    def truncate(self, stop: int) -> None:
-        """Forget every image from a position on: the run ended there."""
-        for column in range(len(self.teachers)):
-            self.forget(column, stop)
-        self.reasons = {p: reason for p, reason in self.reasons.items() if p < stop}
-
     def unusable(self, stop: int) -> int:
         """How many of the first `stop` images cannot be used."""
         return sum(position < stop for position in self.reasons)
 
     def save(self) -> None:
-        """Store what changed; the progress goes last, once all that it counts is on the disk.
+        """Store what changed; the progress goes last, once everything that it counts is on the disk.
 
         Raises:
-            RunError: the disk is full or not writable. What was stored before stays whole.
+            RunError: the disk is full or not writable. What was stored before stays intact.
         """
-        if self.folder is None:
+        if self.state is None:
             return
+        self.state.mkdir(exist_ok=True)
         for number in sorted(self._changed):
-            write_whole(self.folder / f"scores-{number:05d}.parquet", self._parquet(number))
+            write_atomic(self.state / f"scores-{number:05d}.parquet", self._chunk_bytes(number))
         self._changed.clear()
-        progress = self.progress
-        fields = {k: getattr(progress, k) for k in ("measured", "dropped", "finished", "usable")}
-        sums = {name: np.ascontiguousarray(total) for name, total in progress.token_sums.items()}
+        fields = asdict(self.progress)
+        sums = {name: np.ascontiguousarray(s) for name, s in fields.pop("token_sums").items()}
         data = safetensors.numpy.save(sums, metadata={"progress": json.dumps(fields)})
-        write_whole(self.folder / "progress.safetensors", data)
+        write_atomic(self.state / "progress.safetensors", data)
 
     def load(self) -> None:
-        """Take up what `save` stored, for those of its teachers that are among this table's.
+        """Read what `save` stored, for those of its teachers that are among this table's.
 
-        A damaged chunk, which a power cut can leave on a disk that does not keep its promises, ends the
-        measured stretch before it, and one with too few rows ends it there: what is missing is measured
-        again. So are all images where the mean tokens hold some of these, as a sum cannot be taken apart.
+        A damaged chunk (a power cut on a disk that ignores fsync) ends the measured stretch before it, and one
+        with too few rows ends it there: what is missing is measured again. So are all images if a mean token
+        was made of some that are missing, as a sum cannot be taken apart.
         """
-        assert self.folder is not None, "a table in memory has nothing to load"
-        path = self.folder / "progress.safetensors"
-        if not path.is_file():
+        stored = self._load_progress()
+        if stored is None:
             return
-        try:
-            with safetensors.safe_open(path, framework="numpy") as file:
-                stored = json.loads(file.metadata()["progress"])
-                sums = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (safetensors.SafetensorError, OSError, KeyError, ValueError):
-            return
-        end = max(stored["measured"].values(), default=0)
-        for number in range(-(-end // CHUNK)):
+        end = stored.num_seen
+        for number in range(-(-stored.num_seen // CHUNK)):
             start = number * CHUNK
-            rows = self._load_chunk(number)
-            if start + rows < min(start + CHUNK, end):
-                end = start + rows
+            num_rows = self._load_chunk(number)
+            if start + num_rows < min(start + CHUNK, stored.num_seen):
+                end = start + num_rows
                 break
-        whole = end == max(stored["measured"].values(), default=0)
-        if end - self.unusable(end) < max(stored["usable"].values(), default=0):
+        if end - self.unusable(end) < max(stored.num_averaged.values(), default=0):
             self.reasons.clear()
             return
-        names = set(self.teachers)
-        progress = self.progress
-        progress.measured |= {k: min(v, end) for k, v in stored["measured"].items() if k in names}
-        progress.usable |= {k: v for k, v in stored["usable"].items() if k in names}
-        progress.token_sums = {k: v for k, v in sums.items() if k in names}
-        progress.dropped = {k: v for k, v in stored["dropped"].items() if k in names and v <= end}
-        progress.finished = stored["finished"] if whole else None
+        progress, names = self.progress, set(self.teachers)
+        progress.measured |= {k: min(v, end) for k, v in stored.measured.items() if k in names}
+        progress.num_averaged |= {k: v for k, v in stored.num_averaged.items() if k in names}
+        progress.token_sums = {k: v for k, v in stored.token_sums.items() if k in names}
+        progress.dropped = {k: v for k, v in stored.dropped.items() if k in names and v <= end}
+        progress.finished = stored.finished if end == stored.num_seen else None
         self.reasons = {p: r for p, r in self.reasons.items() if p < end}
 
-    def _load_chunk(self, number: int) -> int:
-        """Take up a stored chunk; returns how many rows it holds, 0 where it is damaged."""
-        assert self.folder is not None
+    def _load_progress(self) -> Progress | None:
+        """The stored progress; None where there is none that can be read."""
+        assert self.state is not None, "a table in memory has nothing to load"
         try:
-            path = self.folder / f"scores-{number:05d}.parquet"
-            table = pq.read_table(path, page_checksum_verification=True)
+            path = self.state / "progress.safetensors"
+            with safetensors.safe_open(path, framework="numpy") as file:
+                sums = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                return Progress(**json.loads(file.metadata()["progress"]), token_sums=sums)
+        except (safetensors.SafetensorError, OSError, KeyError, ValueError, TypeError):
+            return None
+
+    def _load_chunk(self, number: int) -> int:
+        """Read a stored chunk; returns its number of rows, 0 where it is damaged."""
+        assert self.state is not None
+        try:
+            path = self.state / f"scores-{number:05d}.parquet"
+            stored = pq.read_table(path, page_checksum_verification=True)
         except (OSError, pa.ArrowException):
             return 0
-        columns = [
-            n
-            for n, name in enumerate(self.teachers)
-            if f"{MEASURES[0]}:{name}" in table.column_names
-        ]
-        scores = np.full((len(table), len(columns), len(MEASURES)), np.nan, np.float32)
+        columns = [n for n, name in enumerate(self.teachers) if name in stored.column_names]
+        scores = np.full((len(stored), len(columns), len(MEASURES)), np.nan, np.float32)
         for place, column in enumerate(columns):
             for index, measure in enumerate(MEASURES):
-                values = table.column(f"{measure}:{self.teachers[column]}")
+                values = stored.column(column_name(self.teachers[column], measure))
                 scores[:, place, index] = values.to_numpy(zero_copy_only=False)
-        self.record(
-            table.column("position").to_numpy(),
-            table.column("key").to_pylist(),
-            table.column("reason").to_pylist(),
-            columns,
-            scores,
-        )
+        positions = stored.column("position").to_numpy()
+        keys, reasons = (stored.column(name).to_pylist() for name in ("key", "reason"))
+        self.record(positions, keys, reasons, columns, scores)
         self._changed.discard(number)
-        return len(table)
+        return len(stored)
 
-    def _parquet(self, number: int) -> bytes:
+    def _chunk_bytes(self, number: int) -> bytes:
         start = number * CHUNK
-        stop = max(start, min(start + CHUNK, self.front))  # a run may end before what it measured
-        positions = range(start, stop)
-        columns: dict[str, Any] = {
-            "position": np.arange(start, stop),
-            "key": [self.key(p) for p in positions],
-            "reason": pa.array([self.reasons.get(p) for p in positions], pa.string()),
-        }
-        for column, name in enumerate(self.teachers):
-            for index, measure in enumerate(MEASURES):
-                values = self._chunks[number][: stop - start, column, index]
-                columns[f"{measure}:{name}"] = pa.array(values, from_pandas=True)
+        stop = max(
+            start, min(start + CHUNK, self.num_seen)
+        )  # a run may end before what it measured
         buffer = io.BytesIO()
-        pq.write_table(pa.table(columns), buffer, write_page_checksum=True)
+        rows = self._arrow(start, stop, self.teachers, MEASURES)
+        pq.write_table(rows, buffer, write_page_checksum=True)
         return buffer.getvalue()
 
+    def _arrow(
+        self, start: int, stop: int, teachers: Sequence[str], measures: Sequence[str]
+    ) -> pa.Table:
+        """The positions [start, stop) within one chunk, unusable images included."""
+        positions = range(start, stop)
+        arrays = [
+            pa.array(positions, pa.int64()),
+            pa.array([self.key(p) for p in positions], pa.string()),
+            pa.array([self.reasons.get(p) for p in positions], pa.string()),
+        ]
+        chunk = self._chunks[start // CHUNK][: stop - start]
+        for column in map(self.teachers.index, teachers):
+            for index in map(MEASURES.index, measures):
+                arrays.append(pa.array(chunk[:, column, index], from_pandas=True))
+        return pa.table(arrays, schema=_schema(teachers, measures))
 
-def write_skipped(path: Path, skipped: Iterable[tuple[str, str]]) -> None:
+    def write_results(self, folder: Path, teachers: Sequence[str]) -> None:
+        """Write RUN/scores.parquet (a row per usable image) and RUN/skipped.csv.
+
+        Args:
+            teachers: in the order of the columns.
+
+        Raises:
+            RunError: the disk is full or not writable.
+        """
+        schema = _schema(teachers, MEASURES[:1])
+        schema = schema.remove(schema.get_field_index("reason"))
+
+        def write(file: object) -> None:
+            with pq.ParquetWriter(file, schema) as writer:
+                for start in range(0, self.num_seen, CHUNK):  # so that memory stays small
+                    stop = min(start + CHUNK, self.num_seen)
+                    rows = self._arrow(start, stop, teachers, MEASURES[:1])
+                    usable = rows.filter(pc.is_null(rows.column("reason")))
+                    writer.write_table(usable.select(schema.names))
+
+        write_atomic(folder / SCORES, write)
+        write_skipped(folder, ((self.key(p), why) for p, why in sorted(self.reasons.items())))
+
+
+def write_skipped(folder: Path, skipped: Iterable[tuple[str, str]]) -> None:
     """Write skipped.csv: the keys of images that could not be used, and why."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["key", "reason"])
     writer.writerows(skipped)
-    write_whole(path, text.getvalue())
+    write_atomic(folder / SKIPPED, text.getvalue())
 
 
-def write_whole(path: Path, data: bytes | str | Callable[[BinaryIO], None]) -> None:
-    """Write a file so that it is either the old one or the new one, also after a power cut.
+@dataclass(frozen=True)
+class UsableScores:
+    """What RUN/scores.parquet holds of n usable images and T teachers.
+
+    positions: (n,) in the order of the run, ascending. keys: n names. values: (n, T) float32, NaN where a
+    dropped teacher was not measured.
+    """
+
+    positions: NDArray[np.int64]
+    keys: pa.ChunkedArray
+    values: Scores
+
+
+def read_scores(run: Path, teachers: Sequence[str], num_usable: int) -> UsableScores:
+    """Read RUN/scores.parquet.
 
     Args:
-        data: the content, or a function that writes it bit by bit.
+        teachers: the columns of `values`.
+        num_usable: how many images the ranking was made of.
 
     Raises:
-        RunError: the disk is full, or the place cannot be written to.
+        UsageError: the file is missing, damaged, or holds other scores.
     """
-    part = path.with_name(f".{path.name}.part")
+    path, remedy = run / SCORES, "repeat the `tokdiv rank` command"
     try:
-        with part.open("wb") as file:
-            if callable(data):
-                data(file)
-            else:
-                file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-        if os.name == "posix":
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        why = "the disk is full" if full else (error.strerror or str(error))
-        remedy = "free some space" if full else "make it writable"
-        raise RunError(
-            f"cannot write '{path}': {why}; what was saved before is whole: {remedy}, and the same command goes on"
+        table = pq.read_table(path)
+        columns = [table.column(column_name(name)).to_numpy() for name in teachers]
+        values = np.stack(columns, axis=1).astype(np.float32, copy=False)
+        scores = UsableScores(table.column("position").to_numpy(), table.column("key"), values)
+    except FileNotFoundError:
+        raise UsageError(f"'{path}': no such file; {remedy}") from None
+    except (OSError, pa.ArrowException, KeyError, ValueError, TypeError) as error:
+        raise UsageError(
+            f"'{path}' does not hold the scores of this ranking ({first_line(error)}); {remedy}"
         ) from None
+    if len(values) != num_usable:
+        raise UsageError(
+            f"'{path}' holds {len(values):,} images, the ranking was made of {num_usable:,}; {remedy}"
+        )
+    return scores

@@ -1,4 +1,4 @@
-"""Settings as one dataclass: its fields hold default, help and constraint, and the command line is made from them.
+"""Settings as one dataclass: its fields hold default, help and constraint; the command line is made from them.
 
 @dataclass(frozen=True)
 class Settings:
@@ -64,21 +64,22 @@ def check_settings(settings: Any) -> None:
     hints = typing.get_type_hints(type(settings))
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
-        try:
-            convert(value, hints[field.name])
-        except (TypeError, ValueError, OverflowError):
-            raise UsageError(
-                f"{option(field.name)} {value!r}: expected {expected(hints[field.name], field.metadata)}"
-            ) from None
-        numbers = [
-            entry
-            for entry in (value if isinstance(value, (list, tuple)) else [value])
-            if isinstance(entry, (int, float)) and not isinstance(entry, bool)
-        ]
-        if not all(_within(number, field.metadata) for number in numbers):
+        if not _is_valid(value, hints[field.name], field.metadata):
             raise UsageError(
                 f"{option(field.name)} {value}: expected {expected(hints[field.name], field.metadata)}"
             )
+
+
+def _is_valid(value: Any, hint: Any, limits: Mapping[str, Any]) -> bool:
+    try:
+        converted = convert(value, hint)
+    except (TypeError, ValueError, OverflowError):
+        return False
+    if isinstance(value, str) and not isinstance(converted, str):
+        return False  # "0.9" would pass here and fail in the first comparison
+    entries = value if isinstance(value, (list, tuple)) else [value]
+    numbers = [n for n in entries if isinstance(n, (int, float)) and not isinstance(n, bool)]
+    return all(_within(number, limits) for number in numbers)
 
 
 def _within(value: float, limits: Mapping[str, Any]) -> bool:
@@ -92,7 +93,7 @@ def _within(value: float, limits: Mapping[str, Any]) -> bool:
 
 
 def convert(value: Any, hint: Any) -> Any:
-    """`value` as an annotated type; ValueError where it is none.
+    """`value` as a value of the annotated type `hint`; ValueError where it is none.
 
     YAML reads 1e-4 as text and a bare `on` as true; both become what the field wants.
     """
@@ -100,7 +101,7 @@ def convert(value: Any, hint: Any) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        kinds = [a for a in arguments if a is not type(None)]
+        kinds = _kinds(hint)
         for kind in kinds[:-1]:
             try:
                 return convert(value, kind)
@@ -139,91 +140,125 @@ def convert(value: Any, hint: Any) -> Any:
 
 
 def expected(hint: Any, metadata: Mapping[str, Any] = types.MappingProxyType({})) -> str:
-    """What a field takes, in words."""
+    """What a field takes, in words: "a whole number of 1 or more, or auto"."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        kinds = [a for a in arguments if a is not type(None)]
-        return " or ".join(expected(kind, metadata) for kind in kinds)
+        return ", or ".join(expected(kind, metadata) for kind in _kinds(hint))
     if origin is Literal:
-        return (f"one of {', '.join(arguments)}") if len(arguments) > 1 else repr(arguments[0])
+        return f"one of {', '.join(arguments)}" if len(arguments) > 1 else str(arguments[0])
     if origin is tuple and arguments[-1] is Ellipsis:
         return f"one or more of: {expected(arguments[0], metadata)}"
-    if origin is tuple:
-        return f"{len(arguments)} numbers"
     words = {
-        "at_least": "{} or more",
+        "at_least": "of {} or more",
         "above": "above {}",
         "at_most": "at most {}",
         "below": "below {}",
     }
     limits = [text.format(metadata[key]) for key, text in words.items() if key in metadata]
-    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
-    return ", ".join([names.get(hint, "a table of key: value"), *limits])
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    kind = names.get(hint, "a table of key: value")
+    kind = f"{len(arguments)} numbers" if origin is tuple else kind
+    return " ".join([kind, " and ".join(limits)]).strip()
 
 
 def with_settings(
-    settings: type, *, optional: bool = False, leave_out: tuple[str, ...] = ()
+    settings: type,
+    *,
+    optional: bool = False,
+    only: tuple[str, ...] | None = None,
+    leave_out: tuple[str, ...] = (),
+    **defaults: Any,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Give a typer command an option for each field of a dataclass that has a help text.
 
-    The command's parameter `settings` becomes the dict of their values, by field.
+    The command's parameter `settings` gets the dict of their values, by field.
 
     Args:
-        optional: every option defaults to None, which the command reads as "not given" (as where presets
+        optional: every option defaults to None, which the command reads as "not given" (where presets
             and files come before).
-        leave_out: fields without an option.
+        only, leave_out: fields with and without an option; by default all have one.
+        **defaults: where this command's differ from the dataclass's.
     """
-    import typer
-
     hints = typing.get_type_hints(settings)
-    fields = {
-        f.name: f
-        for f in dataclasses.fields(settings)
-        if f.metadata.get("help") and f.name not in leave_out
-    }
-
-    def parameter(field: dataclasses.Field[Any]) -> inspect.Parameter:
-        metadata = field.metadata
-        default = None if optional else field.default
-        if isinstance(default, tuple):
-            default = ",".join(map(str, default))
-        kind = str if metadata.get("as_text") else _option_type(hints[field.name])
-        if default is None:
-            kind = kind | None
-        names = [option(field.name)]
-        if kind in (bool, bool | None):
-            names = [f"{names[0]}/--no-{names[0][2:]}"]
-        text = metadata["help"]
-        if metadata.get("shown_default"):
-            text = f"{text} [default: {metadata['shown_default']}]"
-        annotation: Any = Annotated[kind, typer.Option(*names, help=text)]  # type: ignore[valid-type]
-        return inspect.Parameter(
-            field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
-        )
+    fields = [
+        field
+        for field in dataclasses.fields(settings)
+        if field.metadata.get("help")
+        and field.name not in leave_out
+        and (only is None or field.name in only)
+    ]
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(command)
+        def wrapper(**given: Any) -> Any:
+            values = {f.name: _parsed(given.pop(f.name), hints[f.name], f) for f in fields}
+            return command(**given, settings=values)
+
         signature = inspect.signature(command)
         own = [p for p in signature.parameters.values() if p.name != "settings"]
-
-        @functools.wraps(command)
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            given = {name: kwargs.pop(name) for name in fields if name in kwargs}
-            return command(*args, settings=given, **kwargs)
-
-        options = [parameter(field) for field in fields.values()]
-        own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
-        made = [*own, *options]
-        wrapper.__signature__ = signature.replace(parameters=made)  # type: ignore[attr-defined]
-        wrapper.__annotations__ = {p.name: p.annotation for p in made}
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+        for field in fields:
+            default = None if optional else defaults.get(field.name, field.default)
+            parameters.append(_parameter(field, hints[field.name], default, optional))
+        wrapper.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
         return wrapper
 
     return decorate
 
 
+def _parameter(
+    field: dataclasses.Field[Any], hint: Any, default: Any, optional: bool
+) -> inspect.Parameter:
+    """The option of a field, as typer wants it in a signature."""
+    import typer
+
+    metadata = field.metadata
+    kind = str if metadata.get("as_text") else _option_type(hint)
+    if kind is str and default is not None:
+        default = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+    names = [option(field.name)]
+    if kind is bool and (optional or default):
+        names = [f"{names[0]}/--no-{names[0][2:]}"]
+    text = metadata["help"]
+    if default is None and metadata.get("shown_default"):
+        text = f"{text} [default: {metadata['shown_default']}]"
+    given = typer.Option(*names, help=text, metavar=None if kind is bool else _metavar(hint))
+    annotation: Any = Annotated[kind | None if default is None else kind, given]  # type: ignore[operator]
+    return inspect.Parameter(
+        field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+    )
+
+
+def _kinds(hint: Any) -> list[Any]:
+    """The types of a union but None; of any other type itself."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return [kind for kind in typing.get_args(hint) if kind is not type(None)]
+    return [hint]
+
+
 def _option_type(hint: Any) -> Any:
-    """What typer parses: the choices of a Literal are checked with the other constraints."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        kinds = {_option_type(a) for a in arguments if a is not type(None)}
-        return kinds.pop() if len(kinds) == 1 else str
-    return str if origin is Literal else hint
+    """What typer parses; values of several types, and choices, come as text."""
+    kinds = {str if typing.get_origin(k) is Literal else k for k in _kinds(hint)}
+    return kinds.pop() if len(kinds) == 1 else str
+
+
+def _metavar(hint: Any) -> str | None:
+    """`order|best|none`, `N|auto`; None where typer's own (INTEGER) says it."""
+    kinds = _kinds(hint)
+    if not any(typing.get_origin(kind) is Literal for kind in kinds):
+        return None
+    words = [typing.get_args(k) if typing.get_origin(k) is Literal else ("N",) for k in kinds]
+    return "|".join(str(word) for group in words for word in group)
+
+
+def _parsed(value: Any, hint: Any, field: dataclasses.Field[Any]) -> Any:
+    """The text of an option as the field's type; ranges and choices are checked by the dataclass."""
+    if not isinstance(value, str) or field.metadata.get("as_text") or str in _kinds(hint):
+        return value
+    try:
+        return convert(value, hint)
+    except (TypeError, ValueError, OverflowError):
+        raise UsageError(
+            f"{option(field.name)} {value}: expected {expected(hint, field.metadata)}"
+        ) from None

@@ -1,6 +1,7 @@
-"""Tables for the terminal: the zoo and a ranking. No torch, so that they come at once."""
+"""What the terminal shows: tables of the zoo and of a ranking. Without torch, so that they are instant."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokdiv.teachers.cache import is_cached
@@ -42,20 +43,9 @@ def zoo_table() -> str:
 
 
 def ranking_table(ranking: "Ranking") -> str:
-    """A ranking, best first; images/s is that of the teacher alone on this machine."""
-    rows = [
-        (
-            "RANK",
-            "TEACHER",
-            "DIVERSITY",
-            "SIMILARITY",
-            "INTERVAL",
-            "CENTRED",
-            "7x7",
-            "IMAGES",
-            "IMAGES/S",
-        )
-    ]
+    """A ranking, best first; images/s is the speed of that teacher alone on this machine."""
+    heads = "RANK TEACHER DIVERSITY SIMILARITY INTERVAL CENTRED 7x7 IMAGES IMAGES/S"
+    rows = [tuple(heads.split())]
     for teacher in ranking.teachers:
         rate = ranking.rates.get(teacher.name)
         rows.append(
@@ -72,6 +62,17 @@ def ranking_table(ranking: "Ranking") -> str:
             )
         )
     return _aligned(rows, right=(0, 2, 3, 4, 5, 6, 7, 8))
+
+
+def ranking_text(ranking: "Ranking", out: Path) -> str:
+    """What `tokdiv rank` prints: the table, what to know about it, the files, and the winner last."""
+    best = ranking[ranking.best_name]
+    lines = [ranking_table(ranking), "", *ranking.remarks(), ranking.verdict()]
+    lines.append(f"Written to {out}: ranking.json, ranking.csv, scores.parquet, skipped.csv")
+    if (out / "report.html").is_file():
+        lines.append(f"Report: {out / 'report.html'}")
+    lines.append(f"Best teacher: {best.name} (diversity {best.diversity:.4f})")
+    return "\n".join(lines)
 
 
 def _number(value: float | None) -> str:

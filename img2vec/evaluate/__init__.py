@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from img2vec.evaluate.labeled import LabeledData, open_labeled, split_labeled
     from img2vec.evaluate.probe import probe
     from img2vec.evaluate.results import Results
+    from img2vec.evaluate.segment import segment
 
 _HOMES = {
     "Features": "features",
@@ -31,6 +32,7 @@ _HOMES = {
     "load_encoder": "encoder",
     "open_labeled": "labeled",
     "probe": "probe",
+    "segment": "segment",
     "split_labeled": "labeled",
     "weighted_knn": "knn",
 }
@@ -45,6 +47,7 @@ __all__ = [
     "load_encoder",
     "open_labeled",
     "probe",
+    "segment",
     "split_labeled",
     "weighted_knn",
 ]

@@ -32,3 +32,8 @@ def photos(tmp_path_factory) -> Path:
         picture = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
         picture.save(folder / kind / f"{number:02d}.png")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _all_messages(caplog):
+    caplog.set_level("INFO")

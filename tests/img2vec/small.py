@@ -6,9 +6,12 @@ import torch
 from torch import nn
 
 from img2vec.config import make_config
+from img2vec.data import plan_epoch
 from img2vec.masking import plan_layout
 from img2vec.model import Img2Vec, make_student
+from img2vec.step import Training, make_training
 from tokdiv import Teacher
+from tokdiv.dist import current_processes
 
 # Image of 64 px, patches and mask units of 16 px: 4 x 4 of each, 10 of 16 hidden.
 SMALL: dict[str, Any] = {
@@ -54,3 +57,10 @@ def make_model(
         config.image_size, patch, config.mask_unit, config.mask_ratio, teacher_grid, align
     )
     return Img2Vec(student, layout, dim, config)
+
+
+def make_small_training(model: Img2Vec, teacher: Teacher, **options: Any) -> Training:
+    """What a step of SMALL settings works with, on this process alone."""
+    config = make_config(options=SMALL | options)
+    plan = plan_epoch(24, config.batch_size, config.accumulate, 1)
+    return make_training(config, plan, current_processes(), teacher, model)

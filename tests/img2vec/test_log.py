@@ -9,7 +9,8 @@ from small import SMALL
 
 import img2vec
 import img2vec.log
-import img2vec.train as module
+import img2vec.step
+import img2vec.train
 from tokdiv.errors import UsageError
 
 
@@ -57,7 +58,7 @@ def reporter(monkeypatch):
     stand_in = Reporter()
     monkeypatch.setitem(__import__("sys").modules, "wandb", stand_in)
     monkeypatch.setattr(img2vec.log, "check_wandb", lambda: None)
-    monkeypatch.setattr(module, "check_wandb", lambda: None)
+    monkeypatch.setattr(img2vec.train, "check_wandb", lambda: None)
     return stand_in
 
 
@@ -100,20 +101,20 @@ def test_a_failed_run_is_marked_as_failed(photos, tmp_path, reporter, monkeypatc
     def fails(*arguments):
         raise failure
 
-    monkeypatch.setattr(module, "image_losses", fails)
+    monkeypatch.setattr(img2vec.step, "image_losses", fails)
     with pytest.raises(type(failure)):
         _pretrain(photos, tmp_path / "run")
     assert reporter.ended == [1]
 
 
 def test_what_cannot_be_reached_is_recorded_offline_with_a_remark(
-    photos, tmp_path, reporter, capfd
+    photos, tmp_path, reporter, caplog
 ):
     reporter.reachable = False
     _pretrain(photos, tmp_path / "run", max_steps=1)
     assert [(s["mode"], s["resume"]) for s in reporter.started] == [("offline", "allow")]
-    said = capfd.readouterr().err
-    assert "Weights & Biases: Timed out; the run is recorded offline: upload it with" in said
+    expected = "Weights & Biases: Timed out; the run is recorded offline: upload it with"
+    assert expected in caplog.text
     assert reporter.started[0]["settings"].settings["init_timeout"] <= 60
     assert reporter.ended == ["service", 0]
 
@@ -130,14 +131,14 @@ def test_not_installed_it_is_a_mistake_before_anything_is_written(photos, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
-def test_a_picture_that_cannot_be_drawn_costs_no_run(photos, tmp_path, monkeypatch, capfd):
+def test_a_picture_that_cannot_be_drawn_costs_no_run(photos, tmp_path, monkeypatch, caplog):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(img2vec.log, "plot_loss", full)
     result = _pretrain(photos, tmp_path / "run", max_steps=1, wandb=False)
     assert (result.student / "model.safetensors").is_file()
-    assert "remark: loss.png was not drawn: [Errno 28] No space left" in capfd.readouterr().err
+    assert "loss.png was not drawn: [Errno 28] No space left" in caplog.text
 
 
 def test_the_real_one_offline_keeps_one_id_over_a_resumption(photos, tmp_path, monkeypatch):

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from small import SMALL, make_model, make_teacher
+from small import SMALL, make_model, make_small_training, make_teacher
 
 from img2vec.config import make_config
 from img2vec.data import Batch
@@ -15,10 +15,8 @@ from img2vec.model import (
     resolve_blocks,
     sine_positions,
 )
-from img2vec.train import image_losses
+from img2vec.step import image_losses
 from tokdiv.errors import UsageError
-
-NO_AUTOCAST = torch.autocast("cpu", enabled=False)
 
 
 def _batch(model, num_images: int, size: int = 64) -> Batch:
@@ -168,8 +166,8 @@ def test_loss_and_gradients_are_those_of_a_slow_independent_walk(stride, options
     # Teacher.forward takes float32 pixels: the oracle is given its tokens, and so is the model.
     tokens = torch.randn(2, teacher.num_tokens, teacher.dim, generator=generator).double()
     teacher.forward = lambda images: tokens
-    patch, whole, _ = image_losses(model, teacher, batch, model.layout, config, NO_AUTOCAST)
-    loss = (patch + config.global_weight * whole).mean()
+    patch, image, _ = image_losses(make_small_training(model, teacher, **options), batch)
+    loss = (patch + config.global_weight * image).mean()
     loss.backward()
 
     slow = {
@@ -191,16 +189,13 @@ def test_loss_and_gradients_are_those_of_a_slow_independent_walk(stride, options
 def test_hidden_pixels_reach_the_teacher_and_never_the_encoder():
     model, teacher = make_model().eval(), make_teacher()
     batch = _batch(model, 3)
-    _, _, before = image_losses(
-        model, teacher, batch, model.layout, make_config(options=SMALL), NO_AUTOCAST
-    )
+    training = make_small_training(model, teacher)
+    _, _, before = image_losses(training, batch)
     targets = teacher(batch.images)
     hidden = batch.masks.reshape(3, 1, 4, 4).repeat_interleave(16, 2).repeat_interleave(16, 3)
     changed = torch.where(hidden, 255 - batch.images, batch.images)
     moved = Batch(batch.positions, changed, batch.masks, batch.usable)
-    _, _, after = image_losses(
-        model, teacher, moved, model.layout, make_config(options=SMALL), NO_AUTOCAST
-    )
+    _, _, after = image_losses(training, moved)
     assert torch.equal(before, after)
     differs = (teacher(changed) != targets).any(dim=2)
     assert torch.equal(differs, batch.masks)
@@ -233,8 +228,7 @@ def test_recomputing_blocks_changes_no_gradient():
     gradients = []
     for again in (False, True):
         model, teacher = make_model(checkpoint_blocks=again), make_teacher()
-        config = make_config(options=SMALL)
-        losses = image_losses(model, teacher, _batch(model, 2), model.layout, config, NO_AUTOCAST)
+        losses = image_losses(make_small_training(model, teacher), _batch(model, 2))
         losses[0].sum().backward()
         gradients.append(model.encoder.blocks[0].attn.qkv.weight.grad)
     assert torch.equal(*gradients)
@@ -304,10 +298,9 @@ def test_the_decoders_last_block_computes_what_is_read_and_nothing_else():
 def test_both_kinds_of_attention_give_the_same_losses():
     losses = []
     for dtype in ("float32", "bfloat16"):
-        model, teacher = make_model(), make_teacher()
+        model = make_model()
+        training = make_small_training(model, make_teacher())
         choose_attention(model, torch.device("cpu"), dtype)
         assert model.encoder.blocks[0].attn.fused_attn is (dtype == "float32")
-        config = make_config(options=SMALL)
-        batch = _batch(model, 3)
-        losses.append(image_losses(model, teacher, batch, model.layout, config, NO_AUTOCAST)[0])
+        losses.append(image_losses(training, _batch(model, 3))[0])
     torch.testing.assert_close(*losses, atol=1e-6, rtol=1e-6)

@@ -136,12 +136,12 @@ def test_a_signal_to_one_process_ends_all_of_them_after_saving(photos, tmp_path,
     started[1].send_signal(signal.SIGTERM)
     said = _finish(started, 143)
     step = _metrics(out)[-1]["step"]
-    assert f"saved at step {step}" in said[0]
+    assert f"interrupted after step {step}" in said[0]
     assert load_last(out)[1]["progress"]["step"] == step
 
 
 def test_a_mistake_is_said_once_and_exit_code_2_on_every_process(photos, tmp_path, settings):
     wrong = [photos, "-t", "pixels", "--config", settings, "-o", tmp_path]  # holds small.yaml
     first, second = _run(2, *wrong, code=2)
-    assert "holds other files and no run" in first.splitlines()[-1]
+    assert "not empty and holds no run" in first.splitlines()[-1]
     assert "Traceback" not in first + second

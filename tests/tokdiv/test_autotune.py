@@ -17,7 +17,7 @@ from tokdiv import Teacher
 from tokdiv import autotune as tuning
 from tokdiv.errors import UsageError
 
-TINY = {"device": "cpu", "dtype": "float32", "workers": 1, "image_size": 32}
+TINY = {"device": "cpu", "dtype": "float32", "workers": 1, "image_size": 32, "report": False}
 
 
 @pytest.fixture
@@ -97,11 +97,11 @@ class TestBatchSize:
         assert tried == [16, 16, 32, 32]
         assert json.loads((run / "config.json").read_text())["settings"]["batch_size"] == 16
         grown = tokdiv.rank(data, teachers, run, max_images=40, certify="none", **TINY)
-        assert len(tried) == 4 and grown.settings["batch_size"] == 16
+        assert len(tried) == 4 and grown.settings.batch_size == 16
         other = tokdiv.rank(
             data, teachers, run, certify="none", batch_size=8, max_images=40, **TINY
         )
-        assert other.settings["batch_size"] == 8 and len(tried) == 4
+        assert other.settings.batch_size == 8 and len(tried) == 4
 
     def test_a_run_with_nothing_to_measure_tries_nothing(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

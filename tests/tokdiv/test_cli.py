@@ -143,19 +143,31 @@ class TestFailures:
             (["-t", "timm:no_such_net@random"], "no_such_net"),
             (["-t", "timm:test_vit@gone.pth"], "gone.pth"),
             (["-t", "pixels", "--certify", "all"], "expected one of order, best, none"),
-            (["-t", "pixels", "--confidence", "0.5"], "confidence = 0.5"),
-            (["-t", "pixels", "--confidence", "1"], "confidence = 1"),
-            (["-t", "pixels", "--confidence", "nan"], "confidence = nan"),
+            (
+                ["-t", "pixels", "--confidence", "0.5"],
+                "--confidence 0.5: expected a number above 0.5 and below 1",
+            ),
+            (["-t", "pixels", "--confidence", "1"], "--confidence 1.0: expected"),
+            (["-t", "pixels", "--confidence", "nan"], "--confidence nan: expected"),
             (["-t", "pixels", "--confidence", "high"], "--confidence"),
-            (["-t", "pixels", "--tie", "-0.1"], "tie = -0.1"),
-            (["-t", "pixels", "--batch-size", "0"], "--batch-size 0"),
-            (["-t", "pixels", "--max-images", "0"], "max_images = 0"),
-            (["-t", "pixels", "--workers", "-1"], "workers = -1"),
-            (["-t", "pixels", "--seed", "-1"], "seed = -1"),
+            (["-t", "pixels", "--tie", "-0.1"], "--tie -0.1: expected a number of 0 or more"),
+            (
+                ["-t", "pixels", "--batch-size", "0"],
+                "--batch-size 0: expected a whole number of 1 or more, or auto",
+            ),
+            (["-t", "pixels", "--max-images", "0"], "--max-images 0"),
+            (["-t", "pixels", "--workers", "-1"], "--workers -1"),
+            (["-t", "pixels", "--seed", "-1"], "--seed -1"),
             (["-t", "pixels", "--dtype", "float16"], "float16"),
             (["-t", "pixels", "--compile", "yes"], "yes"),
             (["-t", "pixels", "--device", "tpu"], "--device tpu"),
-            (["-t", "pixels", "--image-size", "big"], "--image-size big"),
+            (["-t", "pixels", "--seed", str(2**64)], "--seed 18446744073709551616"),
+            (
+                ["-t", "pixels", "--batch-size", "many"],
+                "--batch-size many: expected a whole number",
+            ),
+            (["-t", "pixels", "--image-size", "big"], "--image-size big: expected a whole number"),
+            (["-t", "pixels", "--image-size", "0"], "--image-size 0: expected a whole number of 1"),
             (["-t", "pixels", "--image-size", "50"], "50 px is not a multiple"),
             (["-t", "timm:test_resnet@random", "--image-size", "32"], "K = 1"),
             (["-t", "pixels", "--no-such-option"], "--no-such-option"),
@@ -286,7 +298,11 @@ class TestMapsAndDepth:
 
 @pytest.mark.parametrize(
     ("number", "code", "said"),
-    [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")],
+    [
+        (signal.SIGTERM, 143, "terminated"),
+        (signal.SIGUSR1, 143, "terminated"),
+        (signal.SIGINT, 130, "interrupted"),
+    ],
 )
 def test_a_signal_outside_of_the_measuring_ends_with_its_code(
     capsys: pytest.CaptureFixture[str],

@@ -135,7 +135,7 @@ def test_mistakes_are_said(images: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="blocks of a module of your own are unknown"):
         measure_depth(str(images), [own], tmp_path / "own", **TINY)
     for name in ("max_images", "batch_size", "workers"):
-        with pytest.raises(UsageError, match=f"{name} = 0"):
+        with pytest.raises(UsageError, match=f"--{name.replace('_', '-')} 0: expected"):
             measure_depth(str(images), ["pixels"], tmp_path / "zero", **TINY | {name: 0})
 
 

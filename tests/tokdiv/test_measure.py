@@ -1,5 +1,6 @@
 """The measuring loop: right scores, right images, and an end at the right moment, whatever the batch size."""
 
+import dataclasses
 import io
 import json
 import math
@@ -24,13 +25,17 @@ from PIL import Image
 from torch import nn
 
 import tokdiv
+import tokdiv.data.decode
+import tokdiv.data.loader
 import tokdiv.measure
 from tokdiv import Teacher
 from tokdiv.certify import certify_order, look_schedule
+from tokdiv.data.open import open_source
 from tokdiv.errors import RunError, UsageError
+from tokdiv.judge import Judge, Plan, Share, Verdict
 
 COUNT = 1200
-TINY = {"workers": 2, "dtype": "float32", "device": "cpu"}
+TINY = {"workers": 2, "dtype": "float32", "device": "cpu", "report": False}
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +216,7 @@ class TestScoresOfRealNetworks:
         assert sorted(table.column_names[2:]) == sorted(names)
         assert {str(table.schema.field(name).type) for name in names} == {"float"}
         assert str(table.schema.field("position").type) == "int64"
-        source = tokdiv.measure.open_source(str(photographs))
+        source = open_source(str(photographs))
         order = tokdiv.data.loader.permutation(source.count, 0)
         keys = [source.key(int(i)) for i in order]
         positions = table.column("position").to_pylist()
@@ -282,7 +287,7 @@ def patches() -> Teacher:
 @pytest.fixture(scope="module")
 def noisy_tokens(noisy: Path) -> list[np.ndarray]:
     """(64, 9) float64 of each usable image, in the order of the run."""
-    source = tokdiv.measure.open_source(str(noisy))
+    source = open_source(str(noisy))
     teacher, tokens = patches(), []
     for index in tokdiv.data.loader.permutation(300, 0):
         try:
@@ -388,9 +393,9 @@ class TestOrder:
         remarks = " ".join(ranking.remarks())
         assert "Not decided within 64 images: b before a, gap 0.0" in remarks
         assert "images more would settle it" in remarks
-        pair = next(p for p in ranking.certificate["pairs"] if p["state"] == "open")
-        assert pair["low"] < pair["gap"] < pair["high"]
-        assert 0 < pair["more_images"] <= COUNT - 64
+        pair = next(p for p in ranking.certificate.pairs if p.state == "open")
+        assert pair.low < pair.gap < pair.high
+        assert 0 < pair.more_images <= COUNT - 64
 
     def test_more_images_go_on_to_the_undisturbed_result(self, coded: Path, tmp_path: Path) -> None:
         for certify in ("order", "best"):
@@ -417,7 +422,7 @@ class TestBest:
         teachers = [coded_teacher(name, c) for name, c in zip("abcd", columns)]
         out = tmp_path / "RUN"
         ranking = tokdiv.rank(coded, teachers, out, certify="best", batch_size=64, **TINY)
-        assert ranking.best_name == "a" and ranking.certificate["best_certified"]
+        assert ranking.best_name == "a" and ranking.best_certified
         assert [t.name for t in ranking.teachers] == list("abcd")
         images = {t.name: t.images for t in ranking.teachers}
         assert images["c"] == images["d"] == 64 < images["a"] == images["b"]
@@ -444,7 +449,7 @@ class TestBest:
         teachers = [coded_teacher(n, c) for n, c in (("x", low), ("y", low.copy()), ("z", high))]
         ranking = tokdiv.rank(coded, teachers, certify="best", tie=0.05, **TINY)
         assert ranking.best_name in ("x", "y")
-        assert {ranking.best_name, *ranking.certificate["co_winners"]} == {"x", "y"}
+        assert {ranking.best_name, *ranking.co_winners} == {"x", "y"}
         assert ranking.data["images"] < COUNT
         assert ranking.teachers[-1].name == "z"
         assert any("tied with" in remark for remark in ranking.remarks())
@@ -459,11 +464,9 @@ class TestBest:
         ranking = tokdiv.rank(coded, teachers, certify="best", **TINY)
         images = {t.name: t.images for t in ranking.teachers}
         assert images["c"] < images["b"] <= images["a"] < COUNT
-        states = {
-            frozenset((p["first"], p["second"])): p["state"] for p in ranking.certificate["pairs"]
-        }
+        states = {frozenset((p.first, p.second)): p.state for p in ranking.certificate.pairs}
         assert states[frozenset("ac")] == "open"  # never compared again
-        assert ranking.best_name == "a" and ranking.certificate["best_certified"]
+        assert ranking.best_name == "a" and ranking.best_certified
         assert not any("Not decided" in remark for remark in ranking.remarks())
 
     def test_a_baseline_is_dropped_by_a_winner_but_never_wins(self, coded: Path) -> None:
@@ -498,7 +501,7 @@ def test_equal_teachers_are_a_tie_and_the_run_ends(coded: Path) -> None:
     (column,) = similarities(COUNT, 0.4)
     teachers = [coded_teacher("one", column), coded_teacher("two", column.copy())]
     ranking = tokdiv.rank(coded, teachers, tie=0.05, **TINY)
-    assert [p["state"] for p in ranking.certificate["pairs"]] == ["tie"]
+    assert [p.state for p in ranking.certificate.pairs] == ["tie"]
     assert ranking.certified and ranking.data["images"] < COUNT
 
 
@@ -506,7 +509,7 @@ def test_a_baseline_above_the_winner_is_said_and_wins_only_if_allowed(coded: Pat
     (column,) = similarities(COUNT, 0.9)
     other = coded_teacher("trained", column)
     noise = coded_teacher("noise", similarities(COUNT, 0.1)[0])
-    noise.spec = tokdiv.measure.dataclasses.replace(noise.spec, baseline=True)
+    noise.spec = dataclasses.replace(noise.spec, baseline=True)
     ranking = tokdiv.rank(coded, [other, noise], **TINY)
     assert [t.name for t in ranking.teachers] == ["noise", "trained"]
     assert ranking.best_name == "trained"
@@ -588,7 +591,7 @@ class TestBadTeachers:
             tokdiv.rank(coded, pair([bad, int(numbers[210])]), out, batch_size=64, **TINY)
         stored = pq.read_table(out / "state" / "scores-00000.parquet")
         assert len(stored) == 200
-        assert stored.column("similarity:bad").null_count == 0
+        assert stored.column("bad").null_count == 0
         with pytest.raises(UsageError, match="bad: sha256"):
             tokdiv.rank(coded, pair([]), out, batch_size=64, **TINY)
 
@@ -619,7 +622,7 @@ class TestBadTeachers:
         assert results[0] == results[1] == results[2]
 
     def test_one_token_has_no_similarity(self, coded: Path) -> None:
-        with pytest.raises(UsageError, match=r"K = 1 .*undefined"):
+        with pytest.raises(UsageError, match=r"K = 1 .*needs two"):
             tokdiv.rank(coded, ["timm:test_resnet@random", "pixels"], image_size=32, **TINY)
 
     def test_no_usable_image_is_a_failure(self, tmp_path: Path) -> None:
@@ -632,23 +635,23 @@ def test_scores_of_teachers_that_were_dropped_meanwhile_are_not_entered(
     coded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A GPU launches the next step before it hears that a teacher was dropped."""
-    finish = tokdiv.measure._Launched.finish
+    take = Judge.take
 
-    def with_late_scores(launched: tokdiv.measure._Launched) -> tokdiv.measure._Step:
-        step = finish(launched)
-        late = np.isnan(step.scores).all(axis=(0, 2))
-        step.scores[:, late, 0] = 0.9
-        return step
+    def with_late_scores(judge: Judge, shares: list[Share], plan: Plan) -> Verdict:
+        for share in shares:
+            late = np.isnan(share.scores).all(axis=(0, 2))
+            share.scores[:, late, 0] = 0.9
+        return take(judge, shares, plan)
 
-    monkeypatch.setattr(tokdiv.measure._Launched, "finish", with_late_scores)
+    monkeypatch.setattr(Judge, "take", with_late_scores)
     columns = similarities(COUNT, 0.30, 0.32, 0.9)
     teachers = [coded_teacher(n, c) for n, c in zip("abc", columns)]
     ranking = tokdiv.rank(coded, teachers, tmp_path / "RUN", certify="best", **TINY)
     assert ranking.best_name == "a" and ranking["c"].images == 64
     scores = pd.read_parquet(tmp_path / "RUN" / "scores.parquet")
     assert scores["c"].notna().sum() == 64 < len(scores)
-    pairs = {frozenset((p["first"], p["second"])): p for p in ranking.certificate["pairs"]}
-    assert pairs[frozenset("ac")]["images"] == pairs[frozenset("bc")]["images"] == 64
+    pairs = {frozenset((p.first, p.second)): p for p in ranking.certificate.pairs}
+    assert pairs[frozenset("ac")].images == pairs[frozenset("bc")].images == 64
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

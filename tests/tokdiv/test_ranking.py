@@ -11,14 +11,15 @@ import pytest
 from fakes import SIZE, coded_tar, coded_teacher, similarities
 
 import tokdiv
-import tokdiv.data.loader
 from tokdiv.certify import certify_order
+from tokdiv.config import Settings
+from tokdiv.data.open import open_source
 from tokdiv.errors import UsageError
-from tokdiv.measure import Settings
-from tokdiv.ranking import certified_best, decided_pairs, open_run, stored_batch_size
+from tokdiv.run_config import stored_batch_size, write_config
+from tokdiv.run_dir import open_run_dir
 
 COUNT = 200
-TINY = {"workers": 2, "dtype": "float32", "device": "cpu", "image_size": SIZE}
+TINY = {"workers": 2, "dtype": "float32", "device": "cpu", "image_size": SIZE, "report": False}
 COLUMNS = similarities(COUNT, 0.30, 0.303, 0.6)
 
 
@@ -46,10 +47,9 @@ def test_run_holds_the_files_of_the_contract(run: Path) -> None:
         "ranking.csv",
         "scores.parquet",
         "skipped.csv",
-        "similarity.png",
         "config.json",
     }
-    assert not [name for name in names if name.startswith(".")]  # temporary files
+    assert [name for name in names if name.startswith(".")] == [".lock"]  # no temporary files
 
 
 def test_fields_of_the_hand_over(content: dict) -> None:
@@ -127,35 +127,28 @@ def test_config_tells_of_how_many_processes_it_was(
 ) -> None:
     assert json.loads((run / "config.json").read_text())["world"] == 1
     monkeypatch.setenv("WORLD_SIZE", "3")
-    source = tokdiv.data.loader.open_source(str(run.parent / "images.tar"))
-    with open_run(tmp_path / "RUN", source, Settings(), [tokdiv.TeacherSpec("x", "hog")], True):
-        pass
-    assert json.loads((tmp_path / "RUN" / "config.json").read_text())["world"] == 3
+    source = open_source(str(run.parent / "images.tar"))
+    write_config(tmp_path, source, Settings(), [tokdiv.TeacherSpec("x", "hog")], {})
+    assert json.loads((tmp_path / "config.json").read_text())["world"] == 3
 
 
 @pytest.mark.parametrize(("size", "expected"), [(16, 16), ("auto", None), (None, None)])
-def test_the_batch_size_of_a_run(
-    run: Path, tmp_path: Path, size: object, expected: int | None
-) -> None:
+def test_the_batch_size_of_a_run(run: Path, size: object, expected: int | None) -> None:
     config = json.loads((run / "config.json").read_text())
     config["settings"]["batch_size"] = size
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert stored_batch_size(tmp_path) == expected
-    assert stored_batch_size(tmp_path / "gone") is None
+    assert stored_batch_size(config) == expected
+    for damaged in ({}, {"settings": None}, {"settings": []}):
+        assert stored_batch_size(damaged) is None
 
 
 def test_a_run_has_one_writer_at_a_time(run: Path, tmp_path: Path) -> None:
-    source = tokdiv.data.loader.open_source(str(run.parent / "images.tar"))
-    arguments = (tmp_path / "RUN", source, Settings(), [tokdiv.TeacherSpec("x", "hog")])
-    with open_run(*arguments, resume=True):
+    data = run.parent / "images.tar"
+    settings = {**TINY, "max_images": 8}
+    with open_run_dir(tmp_path / "RUN", lambda config: None, resume=True):
         for resume in (True, False):
-            with (
-                pytest.raises(UsageError, match="another process is writing to it; wait for it"),
-                open_run(*arguments, resume=resume),
-            ):
-                pass
-    with open_run(*arguments, resume=True) as state:
-        assert state == tmp_path / "RUN" / "state"
+            with pytest.raises(UsageError, match="another process is writing to it; wait for it"):
+                tokdiv.rank(data, ["hog"], tmp_path / "RUN", resume=resume, **settings)
+    tokdiv.rank(data, ["hog"], tmp_path / "RUN", **settings)
     assert not list(tmp_path.glob("RUN.bak*"))
 
 
@@ -230,7 +223,7 @@ def test_what_unusable_images_leave_open_no_further_image_decides(run: Path) -> 
     data = run.parent / "images.tar"
     twins = [coded_teacher(name, COLUMNS[0]) for name in "ab"]
     ranking = tokdiv.rank(data, twins, certify="none", **TINY)
-    assert ranking.pair("a", "b")["state"] == "open"
+    assert ranking.pair("a", "b").state == "open"
     assert any("no image is left" in remark for remark in ranking.remarks())
 
 
@@ -241,9 +234,9 @@ def test_for_the_winner_only_pairs_of_those_that_may_win_are_open_questions(run:
         run.parent / "images.tar", teachers, certify="best", max_images=100, **TINY
     )
     still_open = {
-        frozenset((pair["first"], pair["second"]))
-        for pair in ranking.certificate["pairs"]
-        if pair["state"] == "open"
+        frozenset((pair.first, pair.second))
+        for pair in ranking.certificate.pairs
+        if pair.state == "open"
     }
     assert {frozenset("ab"), frozenset("cd")} <= still_open
     said = [remark for remark in ranking.remarks() if remark.startswith("Not decided")]
@@ -264,8 +257,8 @@ def test_what_beats_a_winner_beats_whom_it_beat() -> None:
     certificate = certify_order(scores, 1000, 0.2, 0.0)
     states = {(pair.first, pair.second): pair.state for pair in certificate.pairs}
     assert states == {(0, 1): "decided", (1, 2): "decided", (0, 2): "open"}
-    assert decided_pairs(certificate) == {(0, 1), (1, 2), (0, 2)}
-    assert certified_best(certificate, [0, 1, 2]) == [0]
+    assert certificate.decided() == {(0, 1), (1, 2), (0, 2)}
+    assert certificate.best_of([0, 1, 2]) == [0]
 
 
 @pytest.mark.parametrize(("eligible", "best"), [([0, 1, 2], [0]), ([1, 2], [1]), ([2], [2])])
@@ -274,10 +267,10 @@ def test_the_best_is_the_one_that_is_settled_against_all_eligible(
 ) -> None:
     scores = np.tile([0.1, 0.4, 0.7], (500, 1))
     certificate = certify_order(scores, 500, 0.01, 0.002)
-    assert certified_best(certificate, eligible) == best
+    assert certificate.best_of(eligible) == best
 
 
 def test_equal_teachers_are_both_the_best() -> None:
     scores = np.tile([0.1, 0.1, 0.7], (500, 1))
     certificate = certify_order(scores, 500, 0.01, 0.002)
-    assert certified_best(certificate, [0, 1, 2]) == [0, 1]
+    assert certificate.best_of([0, 1, 2]) == [0, 1]

@@ -22,11 +22,20 @@ from tokdiv.errors import UsageError
 
 def open_hugging_face(data: str, rest: str, options: dict[str, str]) -> Source:
     """`hfds/NAME` or `hfds/FOLDER` (save_to_disk, parquet, image folder), with images undecoded."""
+    dataset = load_hugging_face(data, rest, options)
+    images = image_columns(dataset)
+    if not images:
+        raise UsageError(f"{data!r} has no column of images, only {', '.join(dataset.features)}")
+    column = "image" if "image" in images else images[0]
+    return image_column(data, rest, dataset, column)
+
+
+def load_hugging_face(data: str, rest: str, options: dict[str, str]) -> Any:
+    """The `datasets.Dataset` of one split."""
     try:
         import datasets
     except ImportError:
         raise UsageError(f"{data!r} needs the package datasets: pip install tokdiv[hf]") from None
-    import pyarrow.compute
 
     split = options.get("split", "train")
     local = os.path.expanduser(rest)
@@ -50,12 +59,22 @@ def open_hugging_face(data: str, rest: str, options: dict[str, str]) -> Source:
             )
     except Exception as error:
         raise UsageError(f"{data!r}: {first_line(error)}") from error
+    return dataset
 
-    features = dataset.features
-    images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
-    if not images:
-        raise UsageError(f"{data!r} has no column of images, only {', '.join(features)}")
-    column = "image" if "image" in images else images[0]
+
+def image_columns(dataset: Any) -> list[str]:
+    """Names of a data set's columns that hold images."""
+    import datasets
+
+    return [name for name, kind in dataset.features.items() if isinstance(kind, datasets.Image)]
+
+
+def image_column(data: str, rest: str, dataset: Any, column: str) -> Source:
+    """One column of images as a Source, undecoded, with the data set's labels where it has some."""
+    import datasets
+    import pyarrow.compute
+
+    features, local = dataset.features, os.path.expanduser(rest)
     kinds = {name: kind for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)}
     label = next((name for name in ("label", "labels", *kinds) if name in kinds), None)
     labels = None if label is None else np.asarray(dataset.with_format("numpy")[label][:], np.int64)

@@ -3,6 +3,7 @@
 Only the similarity maps need DATA and the teachers as well; where those are not on this machine, the page says so.
 """
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from tokdiv.data.source import Source
 from tokdiv.figures.similarity import similarity_figure
 from tokdiv.figures.style import save_figure, teacher_colors
-from tokdiv.ranking import RankedTeacher, Ranking, load_ranking
+from tokdiv.ranking import REPORT_FILES, RankedTeacher, Ranking, load_ranking
 from tokdiv.report.caveats import caveats
 from tokdiv.report.commands import pretrain_command, rank_command
 from tokdiv.report.evidence import draw_evidence, pair_matrix, trace_evidence
@@ -28,11 +29,10 @@ from tokdiv.report.page import (
     render,
     signed,
 )
-from tokdiv.report.scores import read_scores
 from tokdiv.run_dir import CONFIG, read_json, write_atomic
+from tokdiv.scores import read_scores
 from tokdiv.teachers.teacher import Teacher
 
-FILES = ("report.html", "similarity.png", "similarity.svg")  # written into RUN
 MAX_OPEN_PAIRS = 10  # remarks on pairs that are not decided
 
 
@@ -61,10 +61,10 @@ def write_report(
     """
     folder = Path(run)
     ranking = ranking or load_ranking(folder)
-    scores = read_scores(folder / "scores.parquet", ranking)
+    scores = read_scores(folder, ranking.names, ranking.num_usable)
     colors = teacher_colors([teacher.name for teacher in ranking.teachers])
     figure = _similarity_figure(ranking, scores.values, colors, width=6.5)
-    for name in FILES[1:]:
+    for name in REPORT_FILES[1:]:
         save_figure(figure, folder / name)
     means = ", ".join(f"{t.name} {t.mean_similarity:.4f}" for t in ranking.teachers)
     evidence = None
@@ -83,7 +83,7 @@ def write_report(
         lead=_lead(ranking),
         colors=colors,
         labels={t.name: _label(t, ranking.best_name) for t in ranking.teachers},
-        confidence=percent(ranking.settings["confidence"]),
+        confidence=percent(ranking.settings.confidence),
         similarity=inline_figure(
             figure,
             f"Distribution of the token similarity of each image and mean with interval, by teacher: {means}.",
@@ -99,13 +99,13 @@ def write_report(
         caveats=caveats(ranking),
         skipped=skipped[:MAX_SKIPPED],
         num_skipped=len(skipped),
-        settings=ranking.settings,
+        settings=dataclasses.asdict(ranking.settings),
         versions=config.get("versions", {}),
         repeat=rank_command(folder, ranking, config),
         pretrain=pretrain_command(folder, ranking, config),
     )
-    write_atomic(folder / FILES[0], page)
-    return folder / FILES[0]
+    write_atomic(folder / REPORT_FILES[0], page)
+    return folder / REPORT_FILES[0]
 
 
 def _similarity_figure(
@@ -120,7 +120,7 @@ def _similarity_figure(
         [teacher.baseline for teacher in teachers],
         best=ranking.best_name,
         colors=colors,
-        confidence=ranking.settings["confidence"],
+        confidence=ranking.settings.confidence,
         width=width,
     )
 
@@ -140,13 +140,15 @@ def _lead(ranking: Ranking) -> str:
             return f"{nothing} it is the only candidate."
         return f"{nothing} no other candidate is a trained teacher."
     pair = ranking.pair(best.name, other.name)
-    interval = f"{percent(ranking.settings['confidence'])} interval {signed(pair['low'])} to {signed(pair['high'])}"
-    if pair["low"] == pair["high"]:
+    interval = (
+        f"{percent(ranking.settings.confidence)} interval {signed(pair.low)} to {signed(pair.high)}"
+    )
+    if pair.low == pair.high:
         interval = "measured on every image, so exact"
-    direction = "higher" if pair["gap"] >= 0 else "lower"
-    gap = f"The next, {other.name}, has a mean similarity {abs(pair['gap']):.4f} {direction} ({interval})"
-    if (best.name, other.name) in ranking.decided():
+    direction = "higher" if pair.gap >= 0 else "lower"
+    gap = f"The next, {other.name}, has a mean similarity {abs(pair.gap):.4f} {direction} ({interval})"
+    if (best.name, other.name) in ranking.certificate.decided():
         return f"{gap}: certified to be less diverse."
-    if pair["state"] == "tie":
-        return f"{gap}: a tie, as the gap is certified to be below {ranking.settings['tie']:g}."
+    if pair.state == "tie":
+        return f"{gap}: a tie, as the gap is certified to be below {ranking.settings.tie:g}."
     return f"{gap}: not decided."

@@ -1,5 +1,6 @@
 """The commands on the page: how to repeat the ranking, and how to pretrain with its winner."""
 
+import dataclasses
 import shlex
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,8 @@ def rank_command(folder: Path, ranking: Ranking, config: dict[str, Any]) -> Comm
     """The command line of the run, or the call from Python where it was started from there."""
     if (given := repeat_command(config, "tokdiv")) is not None:
         return given
-    settings = {
-        k: v for k, v in ranking.settings.items() if v is not None and k not in NOT_REPEATED
-    }
+    used = dataclasses.asdict(ranking.settings)
+    settings = {k: v for k, v in used.items() if v is not None and k not in NOT_REPEATED}
     options = "".join(f",\n    {key}={value!r}" for key, value in settings.items())
     note = "From Python, as the run was started."
     if any(teacher.spec.is_custom for teacher in ranking.teachers):

@@ -13,7 +13,7 @@ from tokdiv.certify import OrderCertifier, look_schedule
 from tokdiv.figures.evidence import evidence_figure
 from tokdiv.ranking import Ranking
 from tokdiv.report.page import NARROW, inline_figure, signed
-from tokdiv.report.scores import RunScores
+from tokdiv.scores import UsableScores
 
 MAX_DESCRIBED = 20  # pairs in the text that stands for the figure
 
@@ -35,7 +35,7 @@ class Evidence:
     decided: list[int | None]
 
 
-def trace_evidence(ranking: Ranking, scores: RunScores) -> Evidence:
+def trace_evidence(ranking: Ranking, scores: UsableScores) -> Evidence:
     """Repeat the certificate's tests over the scores of a run, and record the evidence at each look."""
     names = [teacher.name for teacher in ranking.teachers]
     num_images = ranking.data["images"]
@@ -44,8 +44,8 @@ def trace_evidence(ranking: Ranking, scores: RunScores) -> Evidence:
     certifier = OrderCertifier(
         len(names),
         ranking.data["count"],
-        delta=1 - ranking.settings["confidence"],
-        tie=ranking.settings["tie"],
+        delta=1 - ranking.settings.confidence,
+        tie=ranking.settings.tie,
         lower=-1 / (min(teacher.spec.num_tokens or 2 for teacher in ranking.teachers) - 1),
         upper=1.0,
     )
@@ -71,22 +71,22 @@ def draw_evidence(ranking: Ranking, evidence: Evidence, colors: dict[str, str]) 
     pairs = [ranking.pair(first, second) for first, second in evidence.pairs]
     with np.errstate(over="ignore"):
         values = 10.0**evidence.log10
-    threshold = len(pairs) / (1 - ranking.settings["confidence"])
+    threshold = len(pairs) / (1 - ranking.settings.confidence)
 
     def draw(width: float) -> Figure:
         return evidence_figure(
             evidence.images,
             values,
-            [f"{pair['first']} < {pair['second']}" for pair in pairs],
+            [f"{pair.first} < {pair.second}" for pair in pairs],
             threshold,
-            tied=[pair["state"] == "tie" for pair in pairs],
+            tied=[pair.state == "tie" for pair in pairs],
             colors=colors,
             width=width,
         )
 
     described = [
-        f"{pair['first']} before {pair['second']} "
-        + (f"decided within {count:,} images" if count else pair["state"])
+        f"{pair.first} before {pair.second} "
+        + (f"decided within {count:,} images" if count else pair.state)
         for pair, count in zip(pairs[:MAX_DESCRIBED], evidence.decided)
     ]
     return inline_figure(
@@ -101,21 +101,21 @@ def draw_evidence(ranking: Ranking, evidence: Evidence, colors: dict[str, str]) 
 
 def pair_matrix(ranking: Ranking, evidence: Evidence) -> list[list[dict[str, Any] | None]]:
     """A row and a column per teacher, best first: the state of each pair above the diagonal, else None."""
-    implied = ranking.decided()
+    implied = ranking.certificate.decided()
     decided = {frozenset(pair): count for pair, count in zip(evidence.pairs, evidence.decided)}
     rows: list[list[dict[str, Any] | None]] = []
     for n, first in enumerate(ranking.teachers):
         row: list[dict[str, Any] | None] = [None] * (n + 1)
         for second in ranking.teachers[n + 1 :]:
             pair = ranking.pair(first.name, second.name)
-            follows = pair["state"] == "open" and (first.name, second.name) in implied
+            follows = pair.state == "open" and (first.name, second.name) in implied
             row.append(
                 {
-                    "state": pair["state"],
-                    "label": "follows" if follows else pair["state"],
-                    "gap": signed(pair["gap"]),
-                    "low": signed(pair["low"]),
-                    "high": signed(pair["high"]),
+                    "state": pair.state,
+                    "label": "follows" if follows else pair.state,
+                    "gap": signed(pair.gap),
+                    "low": signed(pair.low),
+                    "high": signed(pair.high),
                     "decided": decided[frozenset((first.name, second.name))],
                 }
             )

@@ -20,7 +20,7 @@ from tokdiv.figures.maps import lowest_cosine, maps_figure
 from tokdiv.maps import Maps, measure_maps
 from tokdiv.ranking import RankedTeacher, Ranking
 from tokdiv.report.page import inline_figure
-from tokdiv.report.scores import RunScores
+from tokdiv.scores import UsableScores
 from tokdiv.teachers.cache import is_cached
 from tokdiv.teachers.load import load_teacher
 from tokdiv.teachers.teacher import Teacher
@@ -32,7 +32,7 @@ NO_INDEX = "a stream of shards has no index to find single images by"
 
 def similarity_maps(
     ranking: Ranking,
-    scores: RunScores,
+    scores: UsableScores,
     source: Source | None,
     teachers: Sequence[Teacher] | None,
     device: str,
@@ -87,7 +87,7 @@ def _read_images(
         raise UsageError(NO_INDEX)
     if source.fingerprint != ranking.data["fingerprint"]:
         raise UsageError(f"'{source.name}' holds other images now than when it was ranked")
-    order = permutation(source.count, ranking.settings["seed"])
+    order = permutation(source.count, ranking.settings.seed)
     return [decode_image(source.read(int(order[position]))) for position in positions]
 
 

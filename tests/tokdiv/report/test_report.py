@@ -26,13 +26,14 @@ import tokdiv.report.maps
 from tokdiv import cli
 from tokdiv.data.open import open_source
 from tokdiv.errors import RunError, UsageError
-from tokdiv.ranking import RankedTeacher
-from tokdiv.report.build import FILES, write_report
+from tokdiv.ranking import REPORT_FILES, RankedTeacher
+from tokdiv.report.build import write_report
 from tokdiv.report.caveats import is_rectified
 from tokdiv.report.evidence import trace_evidence
 from tokdiv.report.page import MAX_SKIPPED, given_command, read_skipped, render
-from tokdiv.report.scores import read_scores
+from tokdiv.scores import read_scores
 from tokdiv.teachers.spec import TeacherSpec
+from tokdiv.text import printable
 
 TINY: dict[str, Any] = {"workers": 2, "dtype": "float32", "device": "cpu", "image_size": SIZE}
 COUNT = 200
@@ -264,7 +265,7 @@ class TestPage:
         self, run: Path, content: dict[str, Any]
     ) -> None:
         ranking = tokdiv.load_ranking(run)
-        evidence = trace_evidence(ranking, read_scores(run / "scores.parquet", ranking))
+        evidence = trace_evidence(ranking, read_scores(run, ranking.names, ranking.num_usable))
         assert evidence.images[0] == 64 and evidence.images[-1] == COUNT
         for pair in content["certificate"]["pairs"]:
             names = {pair["first"], pair["second"]}
@@ -297,6 +298,19 @@ class TestOddRuns:
         assert "<b>broken</b>.png" in page.text
         assert "b" not in page.counts and "script" not in page.counts
 
+    def test_what_cannot_be_shown_is_spelled_out(self, run: Path, tmp_path: Path) -> None:
+        # Every control character, bytes that are no UTF-8, an override of the direction of text.
+        hostile = "".join(map(chr, [*range(0x20), *range(0x7F, 0xA0), 0xDCFF, 0xD800, 0x202E]))
+        copy = shutil.copytree(run, tmp_path / "RUN")
+        ranking = tokdiv.load_ranking(copy)
+        ranking.data["source"] = hostile
+        (copy / "skipped.csv").write_bytes(b"key,reason\na\xff\x07.png,torn\n")
+        write_report(copy, ranking)
+        html = (copy / "report.html").read_text(encoding="utf-8")
+        assert printable(html) == html
+        assert r"\x00\x01" in html and r"\x9f\xff\ud800\u202e" in html
+        assert r"a\xff\x07.png" in html
+
     def test_dropped_teachers_have_no_scores_later_on(self, tmp_path: Path) -> None:
         count = 1200
         data = coded_tar(tmp_path / "a.tar", count)
@@ -311,13 +325,13 @@ class TestOddRuns:
         cells = {row[0]: row[1:] for row in page.tables[2][1:]}
         assert cells["3. c"][-1].startswith("decided") or cells["3. c"][-1].startswith("open")
         ranking = tokdiv.load_ranking(tmp_path / "RUN")
-        scores_file = tmp_path / "RUN" / "scores.parquet"
-        evidence = trace_evidence(ranking, read_scores(scores_file, ranking))
-        for pair in ranking.certificate["pairs"]:
-            names = {pair["first"], pair["second"]}
+        scores = read_scores(tmp_path / "RUN", ranking.names, ranking.num_usable)
+        evidence = trace_evidence(ranking, scores)
+        for pair in ranking.certificate.pairs:
+            names = {pair.first, pair.second}
             column = next(n for n, both in enumerate(evidence.pairs) if set(both) == names)
             last = evidence.log10[~np.isnan(evidence.log10[:, column]), column][-1]
-            assert last == pytest.approx(pair["evidence"], rel=1e-9)
+            assert last == pytest.approx(pair.evidence, rel=1e-9)
 
     def test_what_follows_by_way_of_others_is_said(self, run: Path, tmp_path: Path) -> None:
         copy = shutil.copytree(run, tmp_path / "RUN")
@@ -614,10 +628,10 @@ class TestRanking:
         (line,) = capsys.readouterr().err.strip().splitlines()
         assert "its report could not be written (the disk is full): `tokdiv report " in line
         # Nor does a page of an earlier end stay.
-        for name in FILES:
+        for name in REPORT_FILES:
             (tmp_path / "R" / name).write_text("old")
         tokdiv.rank(data, ["pixels", "hog"], tmp_path / "R", **TINY)
-        assert not [name for name in FILES if (tmp_path / "R" / name).exists()]
+        assert not [name for name in REPORT_FILES if (tmp_path / "R" / name).exists()]
 
     @pytest.mark.usefixtures("no_pictures")
     def test_a_teacher_that_fails_costs_only_the_maps(
