@@ -292,7 +292,7 @@ def read_student(path: str | Path) -> dict[str, Any]:
 
 
 def _read_timm_folder(folder: Path) -> dict[str, Any]:
-    from tokdiv.teachers.weights import read_checkpoint
+    from tokdiv.teachers.checkpoint import read_checkpoint
 
     try:
         config = read_json(folder / CONFIG)
