@@ -286,7 +286,7 @@ def read_student(path: str | Path) -> dict[str, Any]:
     for folder in (path, path / "student"):
         if is_timm_folder(folder):
             return _read_timm_folder(folder)
-    from img2vec.checkpoint import student_from_checkpoint  # which reads a run's files
+    from img2vec.resume import student_from_checkpoint  # which reads a run's files
 
     return student_from_checkpoint(path)
 
