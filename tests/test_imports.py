@@ -23,11 +23,13 @@ HEAVY = {
 # file is added to the line below the last room that it needs.
 ROOMS = {
     "tokdiv": [
-        "errors text lazy memory similarity",
+        "errors text lazy memory progress similarity",
         "certify correspondence dist metric run_dir settings",
-        "data figures teachers",
-        "autotune scores tables",
-        "ranking",
+        "config data figures teachers",
+        "autotune run_config scores tables",
+        "ranking state",
+        "hand_over",
+        "judge",
         "maps measure",
         "depth report",
         "rank",
