@@ -23,15 +23,15 @@ HEAVY = {
 # file is added to the line below the last room that it needs.
 ROOMS = {
     "tokdiv": [
-        "errors text lazy memory progress similarity",
+        "errors text lazy memory progress similarity versions",
         "certify correspondence dist metric run_dir settings",
         "config data figures teachers",
         "autotune run_config scores tables",
         "ranking state",
-        "hand_over",
-        "judge",
-        "maps measure",
-        "depth report",
+        "hand_over judge",
+        "measure",
+        "depth maps",
+        "report",
         "rank",
         "cli",
         "__main__",

@@ -12,8 +12,9 @@ from typing import Any
 from tokdiv.config import Settings
 from tokdiv.data.source import Source
 from tokdiv.errors import UsageError
-from tokdiv.run_dir import CONFIG, read_json, versions, write_atomic
+from tokdiv.run_dir import CONFIG, read_json, write_atomic
 from tokdiv.teachers.spec import TeacherSpec
+from tokdiv.versions import versions
 
 SCHEMA_VERSION = 1  # of config.json
 # Settings that change the scores or what is concluded from them. More images may always be measured.
