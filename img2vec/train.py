@@ -42,9 +42,10 @@ from tokdiv.data.open import open_source
 from tokdiv.data.source import Source
 from tokdiv.dist import Interruption, Processes, caught_signals, default_workers, processes
 from tokdiv.errors import Interrupted, RunError, SharedError, UsageError, first_line
-from tokdiv.run_dir import CONFIG, open_run_dir, versions, write_atomic
+from tokdiv.run_dir import CONFIG, open_run_dir, write_atomic
 from tokdiv.teachers.spec import TeacherSpec
 from tokdiv.teachers.teacher import Teacher
+from tokdiv.versions import versions
 
 log = logging.getLogger(__name__)
 

@@ -1,15 +1,8 @@
-"""From the score array to the ranking, and RUN/ranking.json, which hands it over.
-
-ranking.json is the contract with everything that follows (the report, `img2vec pretrain`): it holds all that is
-needed to load each teacher again, with the sha256 of its weights.
-"""
+"""From the score array to the ranking: the teachers in order, and what a user should know about it."""
 
 import dataclasses
-import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,14 +11,12 @@ import pandas as pd
 from tokdiv.certify import Certificate, Pair, confidence_sequence
 from tokdiv.config import Settings
 from tokdiv.data.source import Source
-from tokdiv.errors import RunError, UsageError
-from tokdiv.run_config import SCHEMA_VERSION, stored_config, stored_rates
-from tokdiv.run_dir import CONFIG, read_json, write_atomic
+from tokdiv.errors import RunError
 from tokdiv.scores import ScoreTable
 from tokdiv.teachers.spec import LoadedSpec, TeacherSpec
 
-RANKING = "ranking.json"
-REPORT_FILES = ("report.html", "similarity.png", "similarity.svg")  # what shows it
+SCHEMA_VERSION = 1  # of ranking.json
+MAX_ZERO_TOKENS = 0.01  # a teacher with a larger share of zero tokens cannot win
 
 
 @dataclass(frozen=True)
@@ -42,6 +33,7 @@ class RankedTeacher:
         dtype: of the forward passes that the scores hold for.
         centred_similarity: of tokens minus the teacher's mean token; None where there were too few images.
         similarity_7x7: of tokens pooled to a 7 x 7 grid; None for a coarser grid.
+        zero_tokens: share of the tokens that are zero. Their cosines count as 0, so they look diverse.
     """
 
     name: str
@@ -56,6 +48,7 @@ class RankedTeacher:
     dtype: str
     centred_similarity: float | None = None
     similarity_7x7: float | None = None
+    zero_tokens: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -105,7 +98,8 @@ class Ranking:
     def eligible(self) -> list[str]:
         """The teachers that may win, best first."""
         specs = [teacher.spec for teacher in self.teachers]
-        indices = eligible_teachers(specs, self.settings.allow_baselines)
+        zero_tokens = [teacher.zero_tokens for teacher in self.teachers]
+        indices = eligible_teachers(specs, zero_tokens, self.settings.allow_baselines)
         return [self.teachers[n].name for n in indices]
 
     @property
@@ -196,6 +190,12 @@ class Ranking:
                 f"the winner: raw signals and untrained networks are diverse without meaning, so diversity "
                 f"alone does not make them teachers."
             )
+        for t in self.teachers:
+            if not t.baseline and t.zero_tokens > MAX_ZERO_TOKENS:
+                remarks.append(
+                    f"{t.name} cannot win: {t.zero_tokens:.0%} of its tokens are zero, so its weights are damaged "
+                    f"or missing."
+                )
         if self.co_winners:
             names = ", ".join(self.co_winners)
             remarks.append(f"The winner is tied with {names} (gap below {self.settings.tie:g}).")
@@ -268,71 +268,21 @@ class Ranking:
             "best": self.best_name,
         }
 
-    def write(self, folder: Path) -> None:
-        """Write ranking.csv and ranking.json; the report of an earlier ranking goes.
 
-        Raises:
-            RunError: the disk is full or not writable.
-        """
-        for name in REPORT_FILES:
-            (folder / name).unlink(missing_ok=True)
-        write_atomic(folder / "ranking.csv", self.table.to_csv(index=False))
-        write_atomic(folder / RANKING, json.dumps(self.to_dict(), indent=2) + "\n")
+def eligible_teachers(
+    specs: Sequence[TeacherSpec], zero_tokens: Sequence[float], allow_baselines: bool
+) -> list[int]:
+    """Indices of the teachers that may win.
 
-
-def load_ranking(path: str | os.PathLike[str]) -> Ranking:
-    """Read a RUN folder or its ranking.json.
-
-    Raises:
-        UsageError: it is not there, unfinished, damaged, or of another schema.
+    Baselines are among them only if they are allowed, or if there is nothing else; trained teachers only if their
+    tokens are not zero. (HOG's are, where an image is flat.)
     """
-    file = Path(path)
-    file = file / RANKING if file.is_dir() else file
-    if not file.is_file():
-        raise UsageError(f"'{file}': {_why_missing(file.parent)}")
-    try:
-        content = read_json(file)
-        if content["schema_version"] != SCHEMA_VERSION:
-            raise UsageError(
-                f"'{file}' has schema version {content['schema_version']}, expected {SCHEMA_VERSION}: use the "
-                f"tokdiv that wrote it, or rank again"
-            )
-        names = {field.name for field in dataclasses.fields(Settings)} & content["settings"].keys()
-        ranking = Ranking(
-            content["data"],
-            Settings(**{name: content["settings"][name] for name in names}),
-            Certificate.from_dict(content["certificate"]),
-            [
-                RankedTeacher(**(row | {"spec": LoadedSpec.from_dict(row["spec"])}))
-                for row in content["teachers"]
-            ],
-            content["best"],
-            stored_rates(stored_config(file.parent)),
-        )
-        if ranking.best_name not in [teacher.name for teacher in ranking.teachers]:
-            raise ValueError(f"its best, {ranking.best_name!r}, is none of its teachers")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, UsageError):
-            raise
-        raise UsageError(f"'{file}' is no ranking of tokdiv: {error}") from None
-    return ranking
-
-
-def _why_missing(folder: Path) -> str:
-    if (folder / "checkpoints").is_dir():
-        return (
-            f"this is a run of img2vec pretrain, no ranking; img2vec.report.write_report({str(folder)!r}) writes "
-            f"its page again"
-        )
-    if (folder / CONFIG).is_file():
-        return "this run is not finished: repeat its `tokdiv rank` command"
-    return "no such ranking"
-
-
-def eligible_teachers(specs: Sequence[TeacherSpec], allow_baselines: bool) -> list[int]:
-    """Indices of the teachers that may win: baselines only if they are allowed, or if there is nothing else."""
-    trained = [n for n, spec in enumerate(specs) if not spec.baseline]
-    return list(range(len(specs))) if allow_baselines or not trained else trained
+    everyone = range(len(specs))
+    trained = [n for n in everyone if not specs[n].baseline]
+    alive = [n for n in trained if zero_tokens[n] <= MAX_ZERO_TOKENS]
+    if allow_baselines or not trained:
+        return [n for n in everyone if specs[n].baseline or n in alive]
+    return alive
 
 
 def make_ranking(
@@ -380,9 +330,12 @@ def make_ranking(
                 dtype=dtypes[spec.name],
                 centred_similarity=_mean(table.column(n, num_seen, "centred")),
                 similarity_7x7=_mean(table.column(n, num_seen, "pooled")),
+                zero_tokens=_mean(table.column(n, num_seen, "zeros")) or 0.0,
             )
         )
-    eligible = eligible_teachers(specs, settings.allow_baselines)
+    zero_tokens = {teacher.name: teacher.zero_tokens for teacher in teachers}
+    shares = [zero_tokens[spec.name] for spec in specs]
+    eligible = eligible_teachers(specs, shares, settings.allow_baselines)
     data = {"source": source.name, "count": source.count, "fingerprint": source.fingerprint}
     return Ranking(
         data=data | {"images": num_seen, "unusable": num_unusable},

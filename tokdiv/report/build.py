@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from tokdiv.data.source import Source
 from tokdiv.figures.similarity import similarity_figure
 from tokdiv.figures.style import save_figure, teacher_colors
-from tokdiv.ranking import REPORT_FILES, RankedTeacher, Ranking, load_ranking
+from tokdiv.hand_over import REPORT_FILES, load_ranking
+from tokdiv.ranking import RankedTeacher, Ranking
 from tokdiv.report.caveats import caveats
 from tokdiv.report.commands import pretrain_command, rank_command
 from tokdiv.report.evidence import draw_evidence, pair_matrix, trace_evidence
