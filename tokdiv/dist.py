@@ -51,7 +51,7 @@ class Processes:
         if self.world == 1:
             return [value]
         values: list[Any] | None = [None] * self.world if self.rank == 0 else None
-        with _peers():
+        with lost_peers():
             distributed.gather_object(value, values, dst=0)
         return values
 
@@ -60,7 +60,7 @@ class Processes:
         if self.world == 1:
             return value
         box = [value]
-        with _peers():
+        with lost_peers():
             distributed.broadcast_object_list(box, src=0)
         return box[0]
 
@@ -88,7 +88,7 @@ class Processes:
         total = (
             values.clone() if values.device.type == "cuda" else values.to(self._wire(), copy=True)
         )
-        with _peers():
+        with lost_peers():
             distributed.all_reduce(total)
         return total.to(values.device)
 
@@ -97,7 +97,7 @@ class Processes:
         if self.world == 1:
             return value
         largest = torch.tensor([value], device=self._wire())
-        with _peers():
+        with lost_peers():
             distributed.all_reduce(largest, op=distributed.ReduceOp.MAX)
         return int(largest)
 
@@ -106,7 +106,7 @@ class Processes:
         if self.world == 1:
             return rows
         counts: list[Any] = [None] * self.world
-        with _peers():
+        with lost_peers():
             distributed.all_gather_object(counts, len(rows))
         wire = self._wire()
         rows = rows.to(wire)
@@ -118,7 +118,7 @@ class Processes:
             own = rows[start : start + length]
             piece[: len(own)] = own
             pieces = [torch.empty_like(piece) for _ in range(self.world)]
-            with _peers():
+            with lost_peers():
                 distributed.all_gather(pieces, piece)
             for part, other, count in zip(parts, pieces, counts):
                 part.append(other[: max(0, min(length, count - start))].cpu())
@@ -127,7 +127,7 @@ class Processes:
     def barrier(self) -> None:
         """Wait until every process is here."""
         if self.world > 1:
-            with _peers():
+            with lost_peers():
                 distributed.barrier()
 
     def _wire(self) -> torch.device:
@@ -146,10 +146,14 @@ def current_processes(device: torch.device | str = "cpu") -> Processes:
 
 
 @contextmanager
-def _peers() -> Iterator[None]:
+def lost_peers() -> Iterator[None]:
+    """Raise LostPeer where a collective fails, also one of torch's own, as in a backward pass of DDP."""
     try:
         yield
     except RuntimeError as error:
+        # gloo has no exception type of its own; its messages name its source file.
+        if not isinstance(error, distributed.DistError) and "gloo" not in str(error):
+            raise
         raise LostPeer(
             "another process of this run ended or stopped answering; what was saved is complete: the same command "
             "goes on from there"

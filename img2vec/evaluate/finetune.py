@@ -37,6 +37,7 @@ from tokdiv.dist import (
     choose_dtype,
     current_processes,
     default_workers,
+    lost_peers,
 )
 from tokdiv.errors import Interrupted, RunError, UsageError
 from tokdiv.progress import progress_bar
@@ -218,7 +219,8 @@ def _train(
     model = network
     if group.world > 1:
         cuda = [device] if device.type == "cuda" else None
-        model = DistributedDataParallel(network, device_ids=cuda)
+        with lost_peers():
+            model = DistributedDataParallel(network, device_ids=cuda)
     mixing = make_mixing(recipe, train_data.num_classes)
     mean, std = mean_and_std(teacher)
     augmentation = randaugment(

@@ -13,7 +13,7 @@ from img2vec.evaluate.features import enough_memory, no_usable_images, read_view
 from img2vec.evaluate.labeled import LabeledData
 from img2vec.evaluate.settings import Recipe
 from img2vec.optim import learning_rate
-from tokdiv.dist import Processes
+from tokdiv.dist import Processes, lost_peers
 
 
 def train_step(
@@ -71,6 +71,7 @@ def accumulate_gradient(
         inner = isinstance(model, DistributedDataParallel) and number + 1 < step.num_batches
         with (
             model.no_sync() if inner else nullcontext(),  # type: ignore[operator]
+            lost_peers(),
             enough_memory("--micro-batch-size", recipe.micro_batch_size),
         ):
             with torch.autocast(device.type, torch.bfloat16, enabled=recipe.dtype == "bfloat16"):

@@ -18,8 +18,8 @@ from fakes import (
 )
 
 import tokdiv
-from tokdiv.dist import choose_device, choose_dtype, processes
-from tokdiv.errors import UsageError
+from tokdiv.dist import choose_device, choose_dtype, lost_peers, processes
+from tokdiv.errors import LostPeer, UsageError
 
 COUNT = 1003  # uneven for any number of processes
 BROKEN = (1, 500, 707, 1002)
@@ -149,3 +149,13 @@ def test_the_dtype_is_chosen_once_and_recorded(coded: Path) -> None:
     assert choose_dtype("auto", cpu) in ("float32", "bfloat16")
     ranking = tokdiv.rank(coded, [coded_teacher("own", COLUMN)], max_images=64, device="cpu")
     assert ranking.settings["dtype"] == choose_dtype("auto", cpu)
+
+
+def test_a_lost_peer_in_a_backward_pass_is_told_from_other_errors() -> None:
+    gloo = "[third_party/gloo/gloo/transport/tcp/pair.cc:561] Connection closed by peer [10.0.0.2]"
+    for error in (RuntimeError(gloo), torch.distributed.DistBackendError("NCCL error")):
+        with pytest.raises(LostPeer, match="another process of this run ended"), lost_peers():
+            raise error
+    with pytest.raises(RuntimeError, match="mat1 and mat2 shapes") as found, lost_peers():
+        torch.zeros(2, 3) @ torch.zeros(2, 3)
+    assert not isinstance(found.value, LostPeer)
