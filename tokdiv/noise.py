@@ -284,7 +284,7 @@ def _bounds(
 class _Share:
     """What one process measured of a step.
 
-    positions: (n,) of its usable images. scores: (n, T, len(MEASURES)). num_read: images read, with the unusable ones.
+    positions: (n,) of its usable images. scores: (n, T, len(MEASURES)). num_read: images read, usable or not.
     nan: the label of a teacher that gave NaN, or "".
     """
 
