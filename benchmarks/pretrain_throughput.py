@@ -1,16 +1,18 @@
-"""Images/s of a pretraining step, compared with the implementations a user would pick instead.
+"""Images per second of a pretraining step, beside the implementations a user would pick instead.
 
     python benchmarks/pretrain_throughput.py                  # a CPU: ViT-S, batch 32
     python benchmarks/pretrain_throughput.py --device cuda --student vit_base --batch-size 256
 
-The same student (depth, widths, 80 of 196 patches visible, the same decoder), batch and fused AdamW for all:
-`pixels` as the teacher against lightly's masked-autoencoder modules and Hugging Face's
-ViTMAEForPreTraining; then a ResNet-50 teacher against the time of a bare student step plus the bare
-teacher's forward pass. Ours is timed as it is used, from uint8 images; the peers get normalized float
-images. Each variant has a process of its own, as a user's would be: it makes one step to warm up, then the
-processes take turns, one step each; figures are medians of the repeats' ratios. On a CPU ours runs as `img2vec
-pretrain` does, with freed memory kept. Peak memory is the kernel's record of a process that builds the variant and
-makes two steps, over what it held after the imports.
+All have the same student (depth, widths, 80 of 196 patches visible, the same decoder), batch and fused AdamW.
+First `pixels` as the teacher against lightly's masked-autoencoder modules and Hugging Face's
+ViTMAEForPreTraining; then a ResNet-50 teacher against the bound: the bare student's step and the bare teacher's
+forward pass, added. Ours is `train_step`, which the training loop calls: from uint8 images, with the gradient's
+norm and the metrics. The peers get normalized float images.
+
+Each variant has its own process, which makes one step to warm up; then the processes take turns, one step each.
+Figures are medians of the repeats' ratios. On a CPU ours runs as `img2vec pretrain` does, with freed memory
+kept. Peak memory is the kernel's record of a process that builds the variant and makes two steps, minus what it
+held after the imports.
 
 A last table says where a step's time goes: decode and augmentation of the photographs that ship with the
 package (in one thread; the loop does them beside the step), teacher, student and optimizer.
@@ -20,8 +22,10 @@ Needs lightly and transformers: `pip install -e '.[bench,dev]'`.
 
 import argparse
 import ctypes
+import dataclasses
 import functools
 import gc
+import itertools
 import multiprocessing
 import statistics
 import sys
@@ -30,6 +34,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import machine
 import numpy as np
@@ -37,93 +42,71 @@ import torch
 from torch import nn
 
 from img2vec.config import Config, make_config
-from img2vec.data import Batch, View, random_view
-from img2vec.loss import global_loss, patch_loss
-from img2vec.masking import draw_mask, plan_layout, split_indices
-from img2vec.model import Img2Vec, choose_attention, make_student
+from img2vec.data import Batch, View, plan_epoch, random_view
+from img2vec.masking import draw_mask, plan_layout
+from img2vec.model import make_model, make_student
 from img2vec.optim import make_optimizer
-from img2vec.targets import make_targets, split_targets
-from img2vec.train import image_losses
+from img2vec.step import make_training, train_step
 from tokdiv import load_teacher
 from tokdiv.data.decode import decode_image
+from tokdiv.dist import current_processes
 from tokdiv.memory import M_MMAP_THRESHOLD, freed_memory_kept
 
-Step = Callable[[], None]
+Step = Callable[[], object]
 SAMPLES = Path(__file__).parent.parent / "tokdiv" / "samples" / "images"
 RESNET = "timm:resnet50@random"  # speed does not depend on the weights
-HIDDEN = 116  # of 196 patches: round(0.6 * 49) blocks of 32 px are masked
+HIDDEN = 116  # of 196 patches: what round(0.6 * 49) blocks of 32 px hide
 PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense, from NVIDIA's data sheets
 
 
-def batch_of(count: int, num_units_masked: Callable[[int], np.ndarray], device: str) -> Batch:
+def batch_of(count: int, mask_of: Callable[[int], np.ndarray], device: torch.device) -> Batch:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (count, 3, 224, 224), generator=generator).to(torch.uint8)
-    masks = torch.from_numpy(np.stack([num_units_masked(i) for i in range(count)]))
-    return Batch(np.arange(count), images, masks, torch.ones(count)).to(torch.device(device))
+    masks = torch.from_numpy(np.stack([mask_of(i) for i in range(count)]))
+    return Batch(np.arange(count), images, masks, torch.ones(count)).to(device)
 
 
-def ours(
-    arguments: argparse.Namespace,
-    dtype: str,
-    teacher_spec: str,
-    part: str = "whole",
-    **options: object,
-) -> Step:
-    """One step of img2vec: "whole", the "student" alone on fixed targets, the "optimizer" or the "teacher" alone.
+def ours(arguments: argparse.Namespace, dtype: str, teacher_spec: str, part: str = "step") -> Step:
+    """`train_step` as the loop calls it, or a part of it.
 
-    "fused" is the whole step with torch's fused attention everywhere, without `choose_attention`.
+    Args:
+        part: "step"; "fused", the same with torch's fused attention everywhere; "student", with a teacher that
+            returns fixed tokens; "teacher" or "optimizer" alone.
     """
-    config: Config = make_config(arguments.student, options=options)
-    device = arguments.device
-    teacher = load_teacher(teacher_spec, device=device, dtype=dtype)
-    layout = plan_layout(224, 16, 32, 0.6, teacher.grid)
-    model = Img2Vec(make_student(config), layout, teacher.dim, config).to(device)
-    if part != "fused":
-        choose_attention(model, torch.device(device), dtype)
-    if device == "cuda":
-        teacher.prepare(device, dtype, compile=True)
-        model.compile()
-    optimizer = make_optimizer(model, config.weight_decay)
-    batch = batch_of(arguments.batch_size, lambda i: draw_mask(layout, 0, 0, i), device)
-    autocast = torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
-
-    def update(patch: torch.Tensor, whole: torch.Tensor) -> None:
-        (patch + config.global_weight * whole).mean().backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
+    group = current_processes(arguments.device)
+    config = make_config(arguments.student, options={"dtype": dtype, "device": arguments.device})
+    compile = config.compiles_on(group.device)
+    teacher = load_teacher(teacher_spec, device=group.device, dtype=dtype)
+    teacher.prepare(group.device, dtype, compile)
+    model = make_model(make_student(config), teacher, config)
+    plan = plan_epoch(arguments.batch_size, arguments.batch_size, 1, 1)
+    training = make_training(config, plan, group, teacher, model)
+    batch = batch_of(arguments.batch_size, lambda i: draw_mask(model.layout, 0, 0, i), group.device)
     if part == "teacher":
-
-        def step() -> None:
-            teacher(batch.images)
-
-    elif part == "optimizer":
+        return lambda: teacher(batch.images)
+    if part == "optimizer":
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
+        return training.optimizer.step
+    if part == "student":
+        fixed: Any = FixedTeacher(teacher(batch.images), teacher.grid, teacher.size)
+        training = dataclasses.replace(training, teacher=fixed)
+    if part == "fused":
+        for block in [*model.encoder.blocks, *model.decoder_blocks]:
+            block.attn.fused_attn = True
+    return lambda: train_step(training, itertools.repeat(batch), lr=1e-4)
 
-        def step() -> None:
-            optimizer.step()
 
-    elif part == "student":
-        targets = make_targets(teacher(batch.images), teacher.grid, layout, config.target_norm)
-        hidden, mean = split_targets(targets, split_indices(batch.masks, layout)[2])
+@dataclasses.dataclass
+class FixedTeacher:
+    """A teacher that costs nothing: it returns the tokens of one batch."""
 
-        def step() -> None:
-            with autocast:
-                prediction = model(batch.images, batch.masks)
-            patch = patch_loss(prediction.tokens, hidden)
-            whole = torch.zeros_like(patch)
-            if prediction.image is not None:
-                whole = global_loss(prediction.image, mean)
-            update(patch, whole)
+    tokens: torch.Tensor
+    grid: tuple[int, int]
+    size: int
 
-    else:
-
-        def step() -> None:
-            patch, whole, _ = image_losses(model, teacher, batch, layout, config, autocast)
-            update(patch, whole)
-
-    return step
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        return self.tokens
 
 
 def hugging_face(arguments: argparse.Namespace, dtype: str) -> Step:
@@ -251,7 +234,7 @@ def seconds(step: Step, device: str) -> float:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of a step by variant; within a group the variants take turns, starting from another one each time."""
+    """Seconds of a step by variant; within a group the variants take turns, each time from another on."""
     fork = multiprocessing.get_context("fork")
     times: dict[str, list[float]] = {}
     for group in GROUPS:
@@ -261,7 +244,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, list[float]]:
             process = fork.Process(target=serve, args=(there, arguments, name), daemon=True)
             process.start()
             served[name] = (process, here)
-            here.recv()  # it is warm: the next one is built while this one waits
+            here.recv()  # it is warm: the next one is built when this one rests
         times |= {name: [] for name in group}
         for repeat in range(arguments.repeats):
             shift = repeat % len(group)
@@ -286,7 +269,7 @@ def serve(connection: Connection, arguments: argparse.Namespace, name: str) -> N
         connection.send(None)
         while connection.recv():
             if on_gpu:
-                step()  # the other processes have used its cache since
+                step()  # it gave its cache to the others
             connection.send(seconds(step, arguments.device))
             if on_gpu:
                 torch.cuda.empty_cache()
@@ -300,7 +283,7 @@ def peak_memory(arguments: argparse.Namespace, name: str) -> float:
         # keeps of them by chance differs from run to run by tens of MiB.
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 128 * 1024)
         gc.collect()
-        Path("/proc/self/clear_refs").write_text("5")  # resets the kernel's record of the peak
+        Path("/proc/self/clear_refs").write_text("5")  # the kernel's record of the peak begins anew
         before = kibibytes("VmRSS")
     step = VARIANTS[name](arguments)
     for _ in range(2):
@@ -317,7 +300,7 @@ def kibibytes(field: str) -> int:
 
 
 def peak_memories(arguments: argparse.Namespace) -> dict[str, float]:
-    """Peak memory of each variant, in its own process."""
+    """Of variants, in a process of its own each."""
     with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
         measured = pool.map(functools.partial(peak_memory, arguments), MEASURED_MEMORY, chunksize=1)
     return dict(zip(MEASURED_MEMORY, measured))
@@ -342,7 +325,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
-    # Imported before the processes are forked, so that no figure includes imports; forked before this process
+    # Imported before the processes are forked, so that imports are in nobody's figure; forked before this one
     # has threads or a GPU.
     import lightly.models.modules  # noqa: F401
     import transformers.models.vit_mae.modeling_vit_mae  # noqa: F401
@@ -399,7 +382,7 @@ def main() -> None:
     result["milliseconds_an_image"] = parts
     if arguments.device == "cuda":
         result["model_flops_utilisation"] = utilisation(arguments, rates)
-    text = ["| step of | images/s (median) | peak memory, MiB |", "| --- | ---: | ---: |"]
+    text = ["| a step of | images/s (median) | peak memory, MiB |", "| --- | ---: | ---: |"]
     text += [
         f"| {n} | {r:.2f} | {memory[n]:.0f} |" if n in memory else f"| {n} | {r:.2f} | |"
         for n, r in rates.items()
@@ -407,7 +390,7 @@ def main() -> None:
     text += ["", "| img2vec's speed | median (least to most) |", "| --- | ---: |"]
     text += [f"| {name} | {spread(values)} |" for name, values in ratios.items()]
     whole = sum(parts.values())
-    text += ["", "| with a ResNet-50, bfloat16 | ms per image | share |", "| --- | ---: | ---: |"]
+    text += ["", "| with a ResNet-50, bfloat16 | ms an image | share |", "| --- | ---: | ---: |"]
     text += [f"| {name} | {ms:.1f} | {ms / whole:.1%} |" for name, ms in parts.items()]
     text += [
         "",
@@ -424,7 +407,7 @@ def main() -> None:
 
 
 def step_parts(arguments: argparse.Namespace, times: dict[str, list[float]]) -> dict[str, float]:
-    """Milliseconds per image of each part of a step with a ResNet-50 teacher in bfloat16."""
+    """Milliseconds an image of each part of a step with a ResNet-50 teacher in bfloat16."""
     layout = plan_layout(224, 16, 32, 0.6, (7, 7))
     view = View(224, (0.2, 1.0), layout, seed=0)
     files = [path.read_bytes() for path in sorted(SAMPLES.glob("*.jpg"))]

@@ -10,6 +10,7 @@ license, origin and tag of timm's weights for the architecture, and those are no
 """
 
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from tokdiv.errors import RunError, UsageError, first_line
-from tokdiv.run_dir import part_of, read_json, write_atomic, write_error
+from tokdiv.run_dir import part_of, read_json, remove_parts, write_error
 from tokdiv.teachers.architecture import create_model
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -143,7 +144,7 @@ def save_model(
     label_names: list[str] | None = None,
 ) -> Path:
     """Write a timm model with or without a classifier, and check it; see `export_student`."""
-    out = Path(out)
+    out = Path(out).resolve()  # a link stays, and the folder behind it is replaced
     model = model.eval()
     config = _config(model, architecture, model_args, mean, std, input_size)
     if label_names is not None:
@@ -160,12 +161,18 @@ def save_model(
         key: (value.float() if value.is_floating_point() else value).detach().cpu().contiguous()
         for key, value in model.state_dict().items()
     }
+    # timm and transformers look for this entry of the metadata.
+    weights = safetensors.torch.save(tensors, metadata={"format": "pt"})
     part, old = part_of(out), part_of(out)
     try:
-        part.mkdir(parents=True)
-        # timm and transformers look for this entry of the metadata.
-        write_atomic(part / WEIGHTS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
-        write_atomic(part / CONFIG, text)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        remove_parts(out.parent, out.name)
+        part.mkdir()
+        for name, content in ((WEIGHTS, weights), (CONFIG, text.encode())):
+            with (part / name).open("xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
         _check(part, model, input_size)
         if out.exists():
             out.rename(old)

@@ -35,7 +35,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 
-from .errors import UsageError
+from tokdiv.errors import UsageError
 
 # The fractions staked, and their shares of the capital. Between two bets a factor of 2.1 apart, the
 # better one grows at 87% or more of the best rate there is: more bets gain less than they cost. The

@@ -142,10 +142,15 @@ def _free_backup(folder: Path) -> Path:
     return backup
 
 
-def remove_parts(folder: Path) -> None:
-    """Remove what a killed process left unfinished in a run's folder and the folders in it."""
-    for entry in [*folder.iterdir(), *folder.glob("*/*")]:
-        if PART.fullmatch(entry.name):
+def remove_parts(folder: Path, name: str | None = None) -> None:
+    """Remove what a killed process left unfinished in a run's folder and the folders in it.
+
+    Args:
+        name: only of the file or folder of this name in `folder`; others may be writing there.
+    """
+    entries = [*folder.iterdir(), *folder.glob("*/*")] if name is None else [*folder.iterdir()]
+    for entry in entries:
+        if PART.fullmatch(entry.name) and (name is None or entry.name.startswith(f".{name}.")):
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry, ignore_errors=True)
             else:

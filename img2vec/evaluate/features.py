@@ -75,8 +75,12 @@ def extract_features(
             view = batch.views[size]
             if len(view):
                 with enough_memory("--batch-size (of a probe: --encode-batch-size)", batch_size):
-                    view = view.to(device, non_blocking=True)
-                    features.append(tokens(view).float().mean(dim=1).cpu())
+                    found = tokens(view.to(device, non_blocking=True)).float().mean(dim=1)
+                if len(found) != len(view):
+                    raise RunError(
+                        f"the model gave {len(found)} results for {len(view)} images: expected one for each"
+                    )
+                features.append(found.cpu())
                 positions.append(torch.from_numpy(batch.positions[batch.usable]))
             bar.update(len(batch))
     # A process without usable images does not know the width of the features.

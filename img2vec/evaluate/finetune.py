@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,22 +137,35 @@ def finetune(
             notes=notes,
             history=progress.history,
         )
-        if folder is not None and group.rank == 0:
-            mean, std = mean_and_std(teacher)
-            save_model(
-                network,
-                teacher.spec.architecture,
-                folder / "model",
-                model_args=arguments,
-                mean=mean,
-                std=std,
-                input_size=teacher.size,
-                description={"task": "finetune", "top1": results.metrics["top1"]},
-                label_names=[storable(name) for name in train_data.classes],
-            )
-            results.write(folder)
-            (folder / CHECKPOINT).unlink(missing_ok=True)
+        if folder is not None:
+            classes = train_data.classes
+            group.on_first(partial(_write, folder, results, network, arguments, teacher, classes))
     return results
+
+
+def _write(
+    folder: Path,
+    results: Results,
+    network: nn.Module,
+    arguments: dict[str, Any],
+    teacher: Teacher,
+    classes: list[str],
+) -> None:
+    """Write the classifier and the results; only then the checkpoint is no longer needed."""
+    mean, std = mean_and_std(teacher)
+    save_model(
+        network,
+        teacher.spec.architecture,
+        folder / "model",
+        model_args=arguments,
+        mean=mean,
+        std=std,
+        input_size=teacher.size,
+        description={"task": "finetune", "top1": results.metrics["top1"]},
+        label_names=[storable(name) for name in classes],
+    )
+    results.write(folder)
+    (folder / CHECKPOINT).unlink(missing_ok=True)
 
 
 def _decide(given: FinetuneSettings, teacher: Teacher, num_train: int, group: Processes) -> Recipe:
@@ -263,9 +277,8 @@ def _train(
             progress = Progress([*progress.history, entry], sorted(set(found.tolist())), num_val)
             if folder is not None:
                 state = training_state(network, optimizer)  # on every process
-                if group.rank == 0:
-                    progress_now = {"identity": identity, "progress": dataclasses.asdict(progress)}
-                    write_checkpoint(folder / CHECKPOINT, KIND, {**state, **progress_now})
+                state |= {"identity": identity, "progress": dataclasses.asdict(progress)}
+                group.on_first(partial(write_checkpoint, folder / CHECKPOINT, KIND, state))
             bar.set_postfix(loss=f"{mean_loss:.3f}", top1=f"{accuracy['top1']:.3f}")
     return progress
 

@@ -103,8 +103,8 @@ def knn(
         data=describe_data(train_data, val_data, bank.skipped, queries.skipped),
         notes=notes,
     )
-    if out is not None and group.rank == 0:
-        results.write(out)
+    if out is not None:
+        group.on_first(lambda: results.write(out))
     return results
 
 

@@ -100,8 +100,8 @@ def probe(
         notes=fitted.notes,
         history=fitted.history,
     )
-    if out is not None and group.rank == 0:
-        results.write(out)
+    if out is not None:
+        group.on_first(lambda: results.write(out))
     return results
 
 

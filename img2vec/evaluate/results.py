@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tokdiv.data.source import storable
-from tokdiv.run_dir import write_atomic, write_error
+from tokdiv.run_dir import remove_parts, write_atomic, write_error
 
 SCHEMA = 1
 
@@ -72,8 +72,13 @@ class Results:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise write_error(folder, error) from None
-        write_atomic(folder / "results.json", json.dumps(content, indent=2) + "\n")
-        write_atomic(folder / "results.csv", rows.getvalue())
+        files = {
+            "results.json": json.dumps(content, indent=2) + "\n",
+            "results.csv": rows.getvalue(),
+        }
+        for name, text in files.items():
+            remove_parts(folder, name)
+            write_atomic(folder / name, text)
 
 
 def describe_data(train: Any, val: Any, train_skipped: int, val_skipped: int) -> dict[str, Any]:

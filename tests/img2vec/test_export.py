@@ -180,19 +180,22 @@ def test_a_full_disk_is_named_and_leaves_the_older_export_in_place(tmp_path, ima
     good = student()
     out = write(good, tmp_path / "student")
 
-    def full(self, data):
-        self.error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        raise self.error
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_dir._Watched, "write", full)
-        with pytest.raises(RunError, match=r"cannot write '.*': the disk is full.*free some space"):
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(RunError, match=r"student': the disk is full.*free some space"):
             write(student(), out)
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
     loaded = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
     assert torch.equal(loaded(images), features(good, images))
+    left, other = run_dir.part_of(out), run_dir.part_of(tmp_path / "students")
+    left.mkdir(), other.mkdir()
+    write(good, out)  # removes what a killed export left, and no one else's
+    assert sorted(tmp_path.iterdir()) == sorted([other, out])
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match=r"cannot write '.*file/student': Not a directory"):
+    with pytest.raises(RunError, match=r"cannot write '.*file/student': (File exists|Not a dir)"):
         write(good, tmp_path / "file" / "student")
 
 

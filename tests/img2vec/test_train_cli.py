@@ -142,7 +142,7 @@ def test_a_teacher_of_the_users_own_code_is_run_said_and_resumed(
     other = own_network.replace(":make", ":other")
     common[-1] = other
     assert _call(monkeypatch, *common, "-o", tmp_path / "cut", "--max-steps", 6) == 2
-    assert "was begun with the teacher mine (weights" in capsys.readouterr().err.splitlines()[-1]
+    assert "was begun with the teacher mine (sha256" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

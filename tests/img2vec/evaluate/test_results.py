@@ -37,8 +37,11 @@ def test_the_table_has_percent_data_and_notes():
 
 
 def test_files_hold_what_the_results_hold(tmp_path):
-    results().write(tmp_path / "new" / "folder")
     folder = tmp_path / "new" / "folder"
+    folder.mkdir(parents=True)
+    run_dir.part_of(folder / "results.csv").write_text("left by a killed run")
+    results().write(folder)
+    assert sorted(p.name for p in folder.iterdir()) == ["results.csv", "results.json"]
     stored = json.loads((folder / "results.json").read_text())
     assert Results(**{k: v for k, v in stored.items() if k != "schema"}) == results()
     with (folder / "results.csv").open() as file:

@@ -439,7 +439,7 @@ class TestRebuilding:
 
     @pytest.mark.parametrize("what", ["gone", "changed"])
     def test_without_the_data_the_page_has_no_maps(
-        self, tmp_path: Path, what: str, capsys: pytest.CaptureFixture[str]
+        self, tmp_path: Path, what: str, caplog: pytest.LogCaptureFixture
     ) -> None:
         data = coded_tar(tmp_path / "a.tar", 70)
         tokdiv.rank(data, ["pixels", "hog"], tmp_path / "RUN", **TINY)
@@ -453,7 +453,7 @@ class TestRebuilding:
         said = {"gone": "no such folder or file", "changed": "holds other images now"}[what]
         assert "The page has no similarity maps: " in text and said in text
         assert "lowest: S = " not in text
-        assert "warning" not in capsys.readouterr().err
+        assert caplog.messages == []
 
     def test_weights_are_not_fetched_for_a_page(self, tmp_path: Path, data: Path) -> None:
         tokdiv.rank(data, ["pixels", "hog"], tmp_path / "RUN", **TINY)
@@ -616,7 +616,7 @@ class TestRanking:
         tmp_path: Path,
         data: Path,
         monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture[str],
+        caplog: pytest.LogCaptureFixture,
     ) -> None:
         def fail(*given: Any, **more: Any) -> None:
             raise RunError("the disk is full\nand more")
@@ -625,7 +625,7 @@ class TestRanking:
         monkeypatch.setattr(tokdiv.report.build, "write_report", fail)
         ranking = tokdiv.rank(data, ["pixels", "hog"], tmp_path / "R", **TINY)
         assert tokdiv.load_ranking(tmp_path / "R") == ranking
-        (line,) = capsys.readouterr().err.strip().splitlines()
+        line = caplog.messages[-1]
         assert "its report could not be written (the disk is full): `tokdiv report " in line
         # Nor does a page of an earlier end stay.
         for name in REPORT_FILES:
