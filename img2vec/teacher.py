@@ -62,7 +62,7 @@ def _spec(given: str | Path) -> str | TeacherSpec:
 
 def _winner(path: Path) -> TeacherSpec:
     """The best teacher of a ranking, with what a user should know about the ranking."""
-    from tokdiv.ranking import load_ranking
+    from tokdiv.hand_over import load_ranking
 
     ranking = load_ranking(path)
     best: TeacherSpec = ranking.best

@@ -134,7 +134,7 @@ def measure_correspondence(
                 stop = min(start + BATCH * group.world, span[1])
                 shares = group.gather(share)
                 group.on_first(phase.take, shares, stop)
-                bar.update(group.on_first(phase.__len__) - bar.n)
+                bar.update(max(0, group.on_first(phase.__len__) - bar.n))
                 if signal := group.max(interruption.signal):
                     raise Interrupted(signal, f"{start:,} images of the correspondence phase")
     return group.on_first(phase.results)

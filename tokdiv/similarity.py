@@ -60,6 +60,18 @@ def _unit(tokens: Tensor) -> tuple[Tensor, Tensor]:
     return unit / torch.where(nonzero, unit.square().sum(dim=2, keepdim=True).sqrt(), 1.0), nonzero
 
 
+def zero_share(tokens: Tensor) -> Tensor:
+    """Share of the tokens of each image that are zero in all channels, whose cosines are undefined.
+
+    Args:
+        tokens: (B, K, C).
+
+    Returns:
+        (B,) float32 in [0, 1].
+    """
+    return (tokens.abs().amax(dim=2) == 0).float().mean(dim=1)
+
+
 def pooled_similarity(tokens: Tensor, grid: tuple[int, int], side: int = 7) -> Tensor | None:
     """Token similarity after average pooling to a common `side` x `side` grid.
 

@@ -385,7 +385,7 @@ def test_a_teacher_of_another_size_sees_the_same_view_resized(photos, tmp_path, 
 def test_a_ranking_means_its_winner_with_a_remark_where_it_is_not_certified(
     photos, tmp_path, caplog, monkeypatch
 ):
-    import tokdiv.ranking
+    import tokdiv.hand_over
     from tokdiv import parse_specs
 
     @dataclasses.dataclass
@@ -399,7 +399,9 @@ def test_a_ranking_means_its_winner_with_a_remark_where_it_is_not_certified(
             return ["hog and pixels are tied"]
 
     asked = []
-    monkeypatch.setattr(tokdiv.ranking, "load_ranking", lambda path: asked.append(path) or Found())
+    monkeypatch.setattr(
+        tokdiv.hand_over, "load_ranking", lambda path: asked.append(path) or Found()
+    )
     ranked = tmp_path / "ranked"
     ranked.mkdir()
     (ranked / "ranking.json").write_text("{}")
