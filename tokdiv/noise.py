@@ -208,7 +208,7 @@ class _Phase:
             return {}
         alpha = (1 - self.settings.confidence) / len(self.teachers)
         return {
-            name: _result(self.table.scores[:, column].astype(np.float64), self.source.count, alpha)
+            name: _result(self.table.scores[:, column].astype(np.float64), alpha)
             for column, name in enumerate(self.table.teachers)
         }
 
@@ -254,11 +254,11 @@ def _content_digest(identity: str, table: Table) -> str:
     return digest([identity, table.num_seen, *(array.tobytes().hex() for array in numbers)])
 
 
-def _result(scores: NDArray[np.float64], population: int | None, alpha: float) -> Correspondence:
+def _result(scores: NDArray[np.float64], alpha: float) -> Correspondence:
     """From (n, len(MEASURES)) scores of one teacher; alpha: the probability of each interval to be wrong."""
     found, pixels, outliers, near = scores.T
-    low, high = _bounds(found, population, alpha, 0.0, 1.0)
-    gain_low, gain_high = _bounds(found - pixels, population, alpha, -1.0, 1.0)
+    low, high = _bounds(found, alpha, 0.0, 1.0)
+    gain_low, gain_high = _bounds(found - pixels, alpha, -1.0, 1.0)
     with np.errstate(invalid="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a mean of nothing is NaN
         means = [float(np.nanmean(values)) for values in (found, pixels, outliers, near)]
@@ -268,12 +268,14 @@ def _result(scores: NDArray[np.float64], population: int | None, alpha: float) -
 
 
 def _bounds(
-    values: NDArray[np.float64], population: int | None, alpha: float, lower: float, upper: float
+    values: NDArray[np.float64], alpha: float, lower: float, upper: float
 ) -> tuple[float, float]:
-    """The confidence sequence of a mean after all these images."""
-    found = confidence_sequence(
-        values, population, alpha, lower, upper, times=np.array([len(values)])
-    )
+    """The confidence sequence of a mean after all these images.
+
+    As of draws from an endless source: the crops are drawn too, so that even all images of DATA are a sample.
+    """
+    times = np.array([len(values)])
+    found = confidence_sequence(values, None, alpha, lower, upper, times=times)
     return float(found.low[-1]), float(found.high[-1])
 
 
