@@ -89,7 +89,7 @@ def measure_depth(
             "blocks": rows,
         }
         write_atomic(folder / "depth.json", json.dumps(content, indent=2) + "\n")
-        columns = ["block", "mean_similarity", "ci_low", "ci_high"]
+        columns = ["mean_similarity", "ci_low", "ci_high"]
         curves = table[~table["norm"]].groupby("teacher", sort=False)[columns]
         figure = depth_figure({str(name): tuple(curve.to_numpy().T) for name, curve in curves})  # type: ignore[misc]
         for suffix in ("png", "svg"):
