@@ -355,17 +355,17 @@ def _score(
     device: torch.device,
 ) -> _Share:
     scores = np.full((len(rows), len(teachers), len(MEASURES)), np.nan, np.float32)
-    boxes = torch.from_numpy(crops.boxes[:, rows])
+    box_a, box_b = torch.from_numpy(crops.boxes[:, rows])
     nan = ""
     for column, teacher in enumerate(teachers if len(rows) else ()):
         views = [crops.views[teacher.size][side][rows].to(device) for side in (0, 1)]
         first, second = (teacher(view) for view in views)
         if not (first.isfinite().all() and second.isfinite().all()):
             nan = nan or teacher.name
-        cells = [pixel_cells(teacher.normalize(view), teacher.grid) for view in views]
+        cells_a, cells_b = (pixel_cells(teacher.normalize(v), teacher.grid) for v in views)
         values = (
-            correspondence(first, second, *boxes, teacher.grid),
-            correspondence(*cells, *boxes, teacher.grid),
+            correspondence(first, second, box_a, box_b, teacher.grid),
+            correspondence(cells_a, cells_b, box_a, box_b, teacher.grid),
             outlier_share(first),
             local_minus_distant(first, teacher.grid),
         )
