@@ -68,7 +68,7 @@ def correspondence_figure(
         axes.hlines(y, left, right, colors=known[name], linewidth=1.1, alpha=0.8)
         axes.plot(x, y, linestyle="", **style)
         handles.append(legend_entry(row_label(name, baseline, 48, 1), "none", **style))
-    label = f"raw pixels ({level:.3f}): noise-like teachers are not above it"
+    label = f"raw pixels ({level:.3f})"
     handles.append(legend_entry(label, INK, linewidth=0.9, linestyle=(0, (4, 2))))
     axes.set_xlabel("token diversity (1 - mean token similarity)")
     axes.set_ylabel("correspondence (share of tokens found again)")
