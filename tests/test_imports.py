@@ -27,7 +27,7 @@ ROOMS = {
         "errors text lazy memory progress similarity versions",
         "certify correspondence dist metric run_dir settings",
         "config data figures teachers",
-        "autotune run_config scores tables",
+        "autotune noise run_config scores tables",
         "ranking state",
         "hand_over judge",
         "measure",

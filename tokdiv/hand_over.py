@@ -20,7 +20,7 @@ from tokdiv.settings import check_types
 from tokdiv.teachers.spec import LoadedSpec
 
 RANKING = "ranking.json"
-REPORT_FILES = ("report.html", "similarity.png", "similarity.svg")
+REPORT_FILES = ("report.html", "similarity.png", "similarity.svg", "correspondence.png")
 
 
 def write_ranking(ranking: Ranking, run: Path) -> None:

@@ -76,6 +76,7 @@ class Judge:
     Args:
         table: the scores so far, which are judged at once.
         state: where they are stored; None keeps them in memory.
+        noise_like: of each teacher; None where it is not known.
 
     Attributes:
         limit: how many images there are to measure at most.
@@ -89,8 +90,10 @@ class Judge:
         teachers: Sequence[Teacher],
         source: Source,
         settings: Settings,
+        noise_like: Sequence[bool | None],
     ) -> None:
         self.table, self.state, self.teachers, self.settings = table, state, teachers, settings
+        self._noise_like = noise_like
         limits = (settings.max_images, source.count, ENDLESS)
         self.limit = min(limit for limit in limits if limit is not None)
         self.certifier = OrderCertifier(
@@ -133,7 +136,8 @@ class Judge:
         """The columns of the teachers that may win, by what is known at the last look."""
         shares = self._zeros / np.maximum(self._num_usable, 1)
         specs = [teacher.spec for teacher in self.teachers]
-        return eligible_teachers(specs, shares.tolist(), self.settings.allow_baselines)
+        allow = self.settings.allow_baselines
+        return eligible_teachers(specs, shares.tolist(), self._noise_like, allow)
 
     def _num_measured(self, column: int) -> int:
         return self.table.progress.measured[self.teachers[column].name]

@@ -21,6 +21,7 @@ from tokdiv.errors import first_line
 from tokdiv.hand_over import write_ranking
 from tokdiv.judge import Judge
 from tokdiv.measure import load_measurable, measure
+from tokdiv.noise import measure_correspondence
 from tokdiv.ranking import Ranking, make_ranking
 from tokdiv.run_config import (
     Previous,
@@ -57,6 +58,7 @@ def rank(
     compile: Literal["auto", "on", "off"] = "auto",
     seed: int = 0,
     image_size: int | Literal["native"] | None = None,
+    correspondence_images: int = 256,
     allow_baselines: bool = False,
 ) -> Ranking:
     """Rank teachers by the diversity of their tokens on the user's images.
@@ -68,7 +70,7 @@ def rank(
         resume: go on with the RUN that is there; False moves it to RUN.bak-N.
         report: write RUN/report.html and its figure; `tokdiv report RUN` does it later.
         max_images, confidence, certify, tie, batch_size, workers, device, dtype, compile, seed, image_size,
-            allow_baselines: see `tokdiv.config.Settings`, or `tokdiv rank --help`.
+            correspondence_images, allow_baselines: see `tokdiv.config.Settings`, or `tokdiv rank --help`.
 
     Returns:
         The ranking: `.table` (a DataFrame, best first), `.best` (a TeacherSpec), `.certificate`.
@@ -90,6 +92,7 @@ def rank(
         compile=compile,
         seed=seed,
         image_size=image_size,
+        correspondence_images=correspondence_images,
         allow_baselines=allow_baselines,
     )
     with ExitStack() as stack:
@@ -118,7 +121,10 @@ def rank(
         state = State(run / "state", identity(config)) if run else None
         if state:
             group.on_first(state.load, table)
-        judge = Judge(table, state, loaded, source, settings)
+        interruption = stack.enter_context(caught_signals())
+        found = measure_correspondence(loaded, source, order, settings, group, interruption, run)
+        noise_like = [found[name].noise_like if name in found else None for name in names]
+        judge = Judge(table, state, loaded, source, settings, noise_like)
         if batch_size == "auto":
             size = previous.batch_size
             if size is None and not group.broadcast(judge.finished):
@@ -128,12 +134,11 @@ def rank(
             config = run_config(source, settings, specs, previous.rates)
             group.on_first(write_config, run, config)
 
-        with caught_signals() as interruption:
-            speed = measure(judge, loaded, source, order, settings, group, interruption)
+        speed = measure(judge, loaded, source, order, settings, group, interruption)
 
         certificate, rates = judge.certifier.certificate(), previous.rates | speed
         dtypes = {t.name: str(t.dtype).removeprefix("torch.") for t in loaded}
-        result = (table, certificate, specs, source, settings, dtypes, rates)
+        result = (table, certificate, specs, source, settings, dtypes, rates, found)
         ranking = group.on_first(make_ranking, *result)
         _warn(source.warnings[num_warned:], group)
         if run:

@@ -400,7 +400,9 @@ def test_a_ranking_means_its_winner_with_a_remark_where_it_is_not_certified(
             return ["hog and pixels are tied"]
 
     asked = []
-    monkeypatch.setattr(tokdiv.hand_over, "load_ranking", lambda path: asked.append(path) or Found())
+    monkeypatch.setattr(
+        tokdiv.hand_over, "load_ranking", lambda path: asked.append(path) or Found()
+    )
     ranked = tmp_path / "ranked"
     ranked.mkdir()
     (ranked / "ranking.json").write_text("{}")
