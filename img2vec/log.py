@@ -151,15 +151,16 @@ def log_headline(source: Source, training: Training) -> None:
     config, plan, group = training.config, training.plan, training.group
     teacher, layout = training.teacher, training.model.layout
     millions = sum(p.numel() for p in training.model.encoder.parameters()) / 1e6
-    log.info(
-        f"student: {config.student}, {millions:.1f} M parameters, {training.dtype} on {group.device}\n"
-        f"teacher: {teacher.name}, {teacher.grid[0]} x {teacher.grid[1]} tokens of {teacher.dim}\n"
+    for line in (
+        f"student: {config.student}, {millions:.1f} M parameters, {training.dtype} on {group.device}",
+        f"teacher: {teacher.name}, {teacher.grid[0]} x {teacher.grid[1]} tokens of {teacher.dim}",
         f"data: {source.name}, {plan.images:,} images; {layout.num_masked} of {layout.num_units} units of "
-        f"{config.mask_unit} px are masked\n"
+        f"{config.mask_unit} px are masked",
         f"global batch: {plan.global_batch} = {plan.batch_size} images x {group.world} processes x "
-        f"{plan.accumulate} accumulated; {plan.steps} steps an epoch\n"
-        f"peak learning rate: {config.peak_lr(plan.global_batch):.3g}"
-    )
+        f"{plan.accumulate} accumulated; {plan.steps} steps an epoch",
+        f"peak learning rate: {config.peak_lr(plan.global_batch):.3g}",
+    ):
+        log.info("%s", line)
     wanted = config.batch_size * config.accumulate * group.world
     if plan.images < wanted:
         text = "a batch of %d images is larger than the data: each step takes all %d images once"
