@@ -13,14 +13,13 @@ import uuid
 from pathlib import Path
 from typing import Any, Self
 
-from tqdm import tqdm
-
 from img2vec.figures import plot_loss
 from img2vec.resume import Progress
 from img2vec.step import StepResult, Training
 from tokdiv.data.source import Source
 from tokdiv.dist import Processes
 from tokdiv.errors import UsageError, first_line
+from tokdiv.progress import progress_bar
 from tokdiv.run_dir import write_atomic
 
 log = logging.getLogger(__name__)
@@ -48,12 +47,8 @@ class RunLog:
         self.out, self.is_first = out, group.rank == 0
         self.evaluated: int | None = None  # the step of the last evaluation, on rank 0
         self._clock = time.perf_counter()
-        self._bar = tqdm(
-            total=end,
-            initial=step,
-            desc="pretrain",
-            unit="step",
-            disable=None if self.is_first else True,
+        self._bar = progress_bar(
+            total=end, initial=step, desc="pretrain", unit="step", show=self.is_first
         )
         self._wandb: Any = None
         self._events: Any = None
