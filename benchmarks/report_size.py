@@ -18,7 +18,8 @@ import numpy as np
 from tokdiv.certify import OrderCertifier
 from tokdiv.config import Settings
 from tokdiv.data.source import Source
-from tokdiv.ranking import REPORT_FILES, make_ranking
+from tokdiv.hand_over import REPORT_FILES, write_ranking
+from tokdiv.ranking import make_ranking
 from tokdiv.report.build import write_report
 from tokdiv.scores import CHUNK, MEASURES, ScoreTable
 from tokdiv.teachers.spec import TeacherSpec
@@ -38,7 +39,7 @@ def make_run(folder: Path, num_images: int, num_teachers: int) -> None:
     means = np.linspace(0.3, 0.39, num_teachers, dtype=np.float32)
     own = generator.normal(0, 0.05, (num_images, num_teachers)).astype(np.float32)
     scores = np.clip(means + shared + own, 0, 1)
-    table = ScoreTable(names, lambda position: f"n01440764/n01440764_{position}.JPEG", None)
+    table = ScoreTable(names, lambda position: f"n01440764/n01440764_{position}.JPEG")
     for start in range(0, num_images, CHUNK):
         positions = np.arange(start, min(start + CHUNK, num_images))
         block = np.repeat(scores[positions][:, :, None], len(MEASURES), axis=2)
@@ -58,7 +59,7 @@ def make_run(folder: Path, num_images: int, num_teachers: int) -> None:
         {},
     )
     table.write_results(folder, names)
-    ranking.write(folder)
+    write_ranking(ranking, folder)
 
 
 def main() -> None:

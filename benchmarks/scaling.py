@@ -25,10 +25,12 @@ import tokdiv
 from tokdiv.config import Settings
 from tokdiv.data.source import Source
 from tokdiv.dist import processes
+from tokdiv.hand_over import write_ranking
 from tokdiv.judge import Judge, Plan, Share
 from tokdiv.ranking import make_ranking
 from tokdiv.scores import MEASURES, ScoreTable
 from tokdiv.similarity import token_similarity
+from tokdiv.state import State
 from tokdiv.teachers.load import load_teachers
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -122,8 +124,8 @@ def simulate(count: int) -> None:
     source = simulated_source(count)
     settings = Settings(certify="none", batch_size=64)
     with tempfile.TemporaryDirectory() as folder:
-        table = ScoreTable([t.name for t in teachers], source.key, Path(folder))
-        judge = Judge(table, teachers, source, settings)
+        table = ScoreTable([t.name for t in teachers], source.key)
+        judge = Judge(table, State(Path(folder) / "state", {}), teachers, source, settings)
         generator = np.random.default_rng(0)
         while plan := judge.plan():
             start = plan.start
@@ -143,7 +145,7 @@ def simulate(count: int) -> None:
             {},
         )
         table.write_results(Path(folder), [teacher.name for teacher in ranking.teachers])
-        ranking.write(Path(folder))
+        write_ranking(ranking, Path(folder))
     print(peak_memory())
 
 

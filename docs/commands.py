@@ -1,8 +1,7 @@
-"""The command reference, written from the command lines themselves when the site is built.
+"""Hooks of mkdocs: the command reference, made from the programs when the site is built.
 
-Hooks of mkdocs: in commands.md, a line `<!-- commands of PACKAGE -->` gives way to every command of
-PACKAGE with its arguments and options, so that the page cannot fall behind the code. On every page, a
-command that is too long for its line does not break within the name of an option.
+In commands.md, the line `<!-- commands of PACKAGE -->` is replaced by every command of PACKAGE with its arguments
+and options. On every page, a command that is too long for its line does not break within the name of an option.
 """
 
 import importlib
@@ -26,7 +25,7 @@ def on_page_content(content: str, **_: Any) -> str:
 
 
 def reference(package: str) -> str:
-    """Markdown for all commands of a package: heading, what it does, usage, arguments, options."""
+    """Markdown for all commands of a package: heading, description, usage, arguments, options."""
     import typer
 
     application = importlib.import_module(f"{package}.cli").app
@@ -56,7 +55,7 @@ def _entry(term: str, parameter: Any) -> str:
 
 
 def _default(parameter: Any) -> str:
-    """What is taken where the option is not given; the help of some says it in words."""
+    """The default in brackets, unless the help names it."""
     value = parameter.default
     if parameter.required or value is None or "[default:" in (parameter.help or ""):
         return ""
@@ -78,12 +77,12 @@ def _names(parameter: Any) -> str:
 
 
 def _value(parameter: Any) -> str:
-    """What stands for the value: the metavar, else its type."""
+    """The placeholder of a value: its metavar, else its type."""
     if parameter.metavar:
         return str(parameter.metavar)
     if parameter.param_type_name == "argument":
         return str(parameter.name).upper()
-    # Of click in older releases of typer, its own in newer ones.
+    # An attribute of newer typer releases; older ones use click's `type`.
     descriptor = getattr(parameter, "type_descriptor", None)
     kind = str(descriptor.annotation if descriptor else parameter.type).lower()
     return "INTEGER" if "int" in kind else "NUMBER" if "float" in kind else "TEXT"

@@ -1,19 +1,16 @@
-"""Checkpoints: torch files that end with their own sha256, and a pointer to the last complete one.
+"""Checkpoint files of pretraining and fine-tuning, and what they hold of a model and its optimizer.
 
-    OUT/checkpoints/step-00001200.pt  tensors and plain containers; torch.load(weights_only=True) reads it too
-    OUT/checkpoints/last              the name of the last complete one; it moves once that is written
-
-Resuming takes the one that the pointer names, else the newest that is not damaged.
+A checkpoint holds tensors and plain containers; torch.load(weights_only=True) reads it. It ends with its sha256, so
+that a cut or damaged file is never taken for a good one.
 """
 
-import dataclasses
 import hashlib
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -25,22 +22,15 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from img2vec.config import Config
-from img2vec.model import encoder_state
-from tokdiv.errors import RunError, UsageError, first_line
+from tokdiv.errors import UsageError, first_line
 from tokdiv.run_dir import write_atomic
-from tokdiv.settings import option
-from tokdiv.teachers.spec import LoadedSpec
 
 log = logging.getLogger(__name__)
 
 FORMAT = 2
-KIND = "img2vec pretrain"
-FOLDER, POINTER = "checkpoints", "last"
 DIGEST = re.compile(rb"\nsha256:([0-9a-f]{64})\n")  # the last bytes of a checkpoint
 DIGEST_LENGTH = 73
 CHUNK = 2**20
-MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # what AdamW keeps of a parameter
 # Sharded or not, the state is gathered whole on the CPU of rank 0, and loaded from a whole one on every rank.
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -170,14 +160,9 @@ def load_model_state(model: nn.Module, state: Any, where: Path) -> None:
 
 
 def _check_weights(model: nn.Module, state: Any, where: Path) -> None:
-    own = model.state_dict()
-    wrong = ["no table of weights"]
-    if isinstance(state, dict):
-        wrong = sorted(set(own) ^ set(state), key=str)
-        wrong = wrong or [name for name in own if not _is_like(state[name], own[name])]
-    if wrong:
+    if differing := _differing(model.state_dict(), state, _is_like):
         raise UsageError(
-            f"'{where}' is a checkpoint of another model: {len(wrong)} weights differ, as {wrong[0]}; "
+            f"'{where}' is a checkpoint of another model: {len(differing)} weights differ, as {differing[0]}; "
             f"give the settings it was made with, or another -o"
         )
 
@@ -185,24 +170,27 @@ def _check_weights(model: nn.Module, state: Any, where: Path) -> None:
 def _check_moments(model: nn.Module, state: Any, where: Path) -> None:
     """Fused AdamW does not check shapes: it would read beyond the end of a smaller tensor."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    wrong = ["no table of moments"]
-    if isinstance(state, dict):
-        wrong = sorted(set(trained) ^ set(state), key=str) if state else []
-        wrong = wrong or [name for name in state if not _are_moments(state[name], trained[name])]
-    if wrong:
+    if state != {} and (differing := _differing(trained, state, _are_moments)):
         raise UsageError(
-            f"'{where}': the optimizer's state does not fit the model ({len(wrong)} parameters, as "
-            f"{wrong[0]}): the checkpoint is damaged; delete it, or start again with --no-resume"
+            f"'{where}': the optimizer's state does not fit the model ({len(differing)} parameters, as "
+            f"{differing[0]}): the checkpoint is damaged; delete it, or start again with --no-resume"
         )
 
 
-def _are_moments(moments: Any, parameter: nn.Parameter) -> bool:
-    if not isinstance(moments, dict) or set(moments) != MOMENTS:
-        return False
-    step = moments["step"]
-    return _is_like(step, torch.zeros(())) and all(
-        _is_like(moments[key], parameter) for key in MOMENTS - {"step"}
-    )
+def _differing(
+    own: Mapping[str, Tensor], state: Any, fits: Callable[[Any, Tensor], bool]
+) -> list[str]:
+    """Names that only one of the two has, else those whose content does not fit."""
+    if not isinstance(state, dict):
+        return ["all of them"]
+    names = sorted(set(own) ^ set(state), key=str)
+    return names or [name for name, value in own.items() if not fits(state[name], value)]
+
+
+def _are_moments(moments: Any, parameter: Tensor) -> bool:
+    """Whether these are AdamW's of a parameter."""
+    wanted = {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
+    return isinstance(moments, dict) and not _differing(wanted, moments, _is_like)
 
 
 def _is_like(value: Any, reference: Tensor) -> bool:
@@ -212,192 +200,3 @@ def _is_like(value: Any, reference: Tensor) -> bool:
         and value.shape == reference.shape
         and value.dtype == reference.dtype
     )
-
-
-# A run's checkpoints -----------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Progress:
-    """How far a run is.
-
-    Attributes:
-        step: optimizer steps done, skipped ones included. epoch: epochs done.
-        step_in_epoch: steps done in the epoch that has begun.
-        world: number of processes. global_batch: images per step.
-        skipped: steps left out because their loss was not finite.
-        num_consecutive_skipped: the last of them in sequence.
-    """
-
-    step: int = 0
-    epoch: int = 0
-    step_in_epoch: int = 0
-    world: int = 1
-    global_batch: int = 0
-    skipped: int = 0
-    num_consecutive_skipped: int = 0
-
-    @classmethod
-    def from_dict(cls, fields: Any, where: Path) -> Self:
-        """Raises UsageError where a field is missing, unknown, or no count."""
-        names = {field.name for field in dataclasses.fields(cls)}
-        if not isinstance(fields, dict) or set(fields) != names:
-            raise UsageError(f"'{where}': expected a checkpoint with the progress {sorted(names)}")
-        for name, value in fields.items():
-            if type(value) is not int or not 0 <= value < 2**62:
-                raise UsageError(f"'{where}': {name} is {value!r}; expected a count")
-        return cls(**fields)
-
-    def after_step(self, steps_per_epoch: int, skipped: bool) -> Self:
-        """One step further."""
-        ends = self.step_in_epoch + 1 == steps_per_epoch
-        return dataclasses.replace(
-            self,
-            step=self.step + 1,
-            epoch=self.epoch + ends,
-            step_in_epoch=0 if ends else self.step_in_epoch + 1,
-            skipped=self.skipped + skipped,
-            num_consecutive_skipped=self.num_consecutive_skipped + 1 if skipped else 0,
-        )
-
-
-def save_checkpoint(out: Path, state: Mapping[str, Any], keep: int) -> Path:
-    """Write a checkpoint of a run, move the pointer to it, and delete all but the newest `keep`.
-
-    Args:
-        state: with "progress", a dict of Progress.
-
-    Raises:
-        RunError: see `write_checkpoint`; the checkpoints before it are intact.
-    """
-    folder = out / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"step-{state['progress']['step']:08d}.pt"
-    write_checkpoint(path, KIND, state)
-    write_atomic(folder / POINTER, f"{path.name}\n")
-    for old in _newest_first(folder)[keep:]:
-        old.unlink(missing_ok=True)
-    return path
-
-
-def load_last(out: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The last checkpoint of a run that is not damaged, or None where there is none at all.
-
-    Raises:
-        RunError: there are checkpoints, and all of them are damaged.
-    """
-    folder = out / FOLDER
-    candidates = _newest_first(folder)
-    pointer = folder / POINTER
-    if pointer.is_file():
-        # A newer file may be complete although the run was killed before the pointer moved. It is not taken:
-        # the run did not say that it had come so far.
-        named = folder / pointer.read_bytes()[:100].decode(errors="replace").strip()
-        if named in candidates:
-            candidates = [named, *(c for c in candidates if c != named)]
-        elif candidates:
-            log.warning("the checkpoint '%s' is gone; '%s' is taken", named, candidates[0].name)
-    for path, following in zip(candidates, [*candidates[1:], None]):
-        try:
-            return path, _read(path)
-        except UsageError as error:
-            log.warning("%s%s", error, f"; '{following.name}' is taken" if following else "")
-    if candidates:
-        raise RunError(
-            f"none of the {len(candidates)} checkpoints in '{folder}' can be used; start again with --no-resume"
-        )
-    return None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    state = read_checkpoint(path, KIND)
-    for key in ("model", "optimizer", "config", "teacher", "data"):
-        if not isinstance(state.get(key), dict):
-            raise UsageError(f"'{path}' is no checkpoint of {KIND}: it has no {key}")
-    Progress.from_dict(state.get("progress"), path)
-    return state
-
-
-def _newest_first(folder: Path) -> list[Path]:
-    found = folder.glob("step-*.pt") if folder.is_dir() else ()
-    return sorted((p for p in found if re.fullmatch(r"step-\d+", p.stem)), reverse=True)
-
-
-def check_same_run(out: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Compare what config.json or a checkpoint holds with the run of this call.
-
-    Raises:
-        UsageError: another run; the message names what differs.
-    """
-    remedy = "give the same settings, another -o, or --no-resume to start anew"
-    if not all(isinstance(old.get(part), dict) for part in ("config", "teacher", "data")):
-        raise UsageError(f"'{out}' holds no run of img2vec pretrain that can be read: {remedy}")
-    free = {field.name for field in dataclasses.fields(Config) if field.metadata.get("free")}
-    if old.get("world") != new["world"]:
-        free |= {"batch_size", "accumulate"}  # another number of processes splits the batch anew
-    for key, now in new["config"].items():
-        if key not in free and old["config"].get(key) != now:
-            raise UsageError(
-                f"'{out}' was begun with {option(key)} {old['config'].get(key)}, now it is {now}: {remedy}"
-            )
-    if old["data"].get("fingerprint") != new["data"]["fingerprint"]:
-        raise UsageError(
-            f"'{out}' was begun on other data ({old['data'].get('source')}, {old['data'].get('count')} images): "
-            f"{remedy}"
-        )
-    before, after = (LoadedSpec.from_dict(run["teacher"]) for run in (old, new))
-    for key, now in after.identity().items():
-        if (was := before.identity()[key]) != now:
-            raise UsageError(
-                f"'{out}' was begun with the teacher {before.name} ({key} {was}), now it is {after.name} ({now}): "
-                f"{remedy}"
-            )
-
-
-# The student in it -------------------------------------------------------------------------------
-
-
-def student_from_checkpoint(path: Path) -> dict[str, Any]:
-    """What `export_student` needs, except the folder, from a checkpoint or a run's folder.
-
-    Args:
-        path: a checkpoint file, or OUT/checkpoints/last, OUT/checkpoints or OUT, which mean the last
-            complete one.
-
-    Raises:
-        UsageError: no checkpoint of `img2vec pretrain`.
-    """
-    path = Path(path)
-    if path.name == POINTER and path.is_file():
-        path = path.parent
-    if path.is_dir():
-        out = path.parent if path.name == FOLDER and not (path / FOLDER).is_dir() else path
-        found = load_last(out)
-        if found is None:
-            raise UsageError(f"'{path}' holds no checkpoint of img2vec pretrain")
-        path, state = found
-    else:
-        state = _read(path)
-    config = Config.from_dict(state["config"], f"'{path}'")
-    return student_export(config, state["model"], state["teacher"], state["progress"])
-
-
-def student_export(
-    config: Config, model: dict[str, Tensor], teacher: dict[str, Any], progress: dict[str, Any]
-) -> dict[str, Any]:
-    """The arguments of `export_student`, except the folder, for the weights of a whole model."""
-    return {
-        "state_dict": encoder_state(model),
-        "architecture": config.student,
-        "model_args": {"img_size": config.image_size, **config.student_args},
-        "mean": config.mean,
-        "std": config.std,
-        "input_size": config.image_size,
-        "description": {
-            "method": "Img2Vec (arXiv 2304.12535)",
-            "teacher": teacher.get("name"),
-            "steps": progress["step"],
-            "epochs": progress["epoch"],
-            "global_batch": progress["global_batch"],
-        },
-    }

@@ -286,13 +286,13 @@ def read_student(path: str | Path) -> dict[str, Any]:
     for folder in (path, path / "student"):
         if is_timm_folder(folder):
             return _read_timm_folder(folder)
-    from img2vec.checkpoint import student_from_checkpoint  # which reads a run's files
+    from img2vec.resume import student_from_checkpoint  # which reads a run's files
 
     return student_from_checkpoint(path)
 
 
 def _read_timm_folder(folder: Path) -> dict[str, Any]:
-    from tokdiv.teachers.weights import read_checkpoint
+    from tokdiv.teachers.checkpoint import read_checkpoint
 
     try:
         config = read_json(folder / CONFIG)

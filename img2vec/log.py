@@ -15,9 +15,10 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
-from img2vec.checkpoint import Progress
 from img2vec.figures import plot_loss
-from img2vec.step import StepResult
+from img2vec.resume import Progress
+from img2vec.step import StepResult, Training
+from tokdiv.data.source import Source
 from tokdiv.dist import Processes
 from tokdiv.errors import UsageError, first_line
 from tokdiv.run_dir import write_atomic
@@ -36,13 +37,13 @@ class RunLog:
     A context: leaving it draws loss.png and closes the writers, which are told of a failure.
 
     Args:
-        out: the run's folder. step: steps made before; lines of later ones are dropped.
-        end: the step at which the run will end.
-        wandb: whether to report to Weights & Biases. run: the content of config.json.
+        out: the run's folder.
+        step: steps made before; lines of later ones are dropped. end: the step to stop at.
+        run: the content of config.json.
     """
 
     def __init__(
-        self, out: Path, step: int, end: int, group: Processes, wandb: bool, run: dict[str, Any]
+        self, out: Path, step: int, end: int, group: Processes, run: dict[str, Any]
     ) -> None:
         self.out, self.is_first = out, group.rank == 0
         self.evaluated: int | None = None  # the step of the last evaluation, on rank 0
@@ -66,7 +67,7 @@ class RunLog:
             self._events = SummaryWriter(str(out), purge_step=step + 1 if step else None)
         except ImportError:
             log.warning("tensorboard is not installed: no events are written")
-        if wandb:
+        if run["config"]["wandb"]:
             self._wandb = _start_wandb(out, run)
 
     def __enter__(self) -> Self:
@@ -143,6 +144,28 @@ class RunLog:
             # back, so it would refuse the steps that are repeated after a kill.
             named = {f"{kind}/{k}": v for k, v in values.items()}
             self._wandb.log({"step": line["step"], **named})
+
+
+def log_headline(source: Source, training: Training) -> None:
+    """Say what the run is, in a few lines."""
+    config, plan, group = training.config, training.plan, training.group
+    teacher, layout = training.teacher, training.model.layout
+    millions = sum(p.numel() for p in training.model.encoder.parameters()) / 1e6
+    log.info(
+        f"student: {config.student}, {millions:.1f} M parameters, {training.dtype} on {group.device}\n"
+        f"teacher: {teacher.name}, {teacher.grid[0]} x {teacher.grid[1]} tokens of {teacher.dim}\n"
+        f"data: {source.name}, {plan.images:,} images; {layout.num_masked} of {layout.num_units} units of "
+        f"{config.mask_unit} px are masked\n"
+        f"global batch: {plan.global_batch} = {plan.batch_size} images x {group.world} processes x "
+        f"{plan.accumulate} accumulated; {plan.steps} steps an epoch\n"
+        f"peak learning rate: {config.peak_lr(plan.global_batch):.3g}"
+    )
+    wanted = config.batch_size * config.accumulate * group.world
+    if plan.images < wanted:
+        text = "a batch of %d images is larger than the data: each step takes all %d images once"
+        log.warning(text, wanted, plan.images)
+    for warning in source.warnings:
+        log.warning("%s", warning)
 
 
 def finite(value: float) -> float | None:

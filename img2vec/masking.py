@@ -1,7 +1,7 @@
-"""Where things lie: patches, mask units and target tokens on one image, and which units are hidden.
+"""The grids of patches, mask units and target tokens on an image, and which units are masked.
 
-The mask is drawn in squares of `unit` pixels, in which both the student's patches and the target tokens come
-out whole, so that no token is half masked.
+The mask is drawn in squares of `unit` pixels. Each holds a whole number of the student's patches and of target
+tokens, so that no token is half masked.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from tokdiv.errors import UsageError
 
 Grid = tuple[int, int]  # rows, columns
 
-# What a draw is for: the second half of the key of its generator.
+# The purpose of a draw: the second half of its generator's key.
 CROP, MASK = 1, 2
 
 
@@ -26,8 +26,8 @@ class Layout:
     Attributes:
         patches: the student's grid. units: the grid of mask units.
         targets: the grid on which predictions meet the teacher's tokens.
-        resample: whether the teacher's tokens are resampled to `targets` (else they have that grid).
-        num_masked: hidden units, the same for every image.
+        resample: whether the teacher's tokens have to be resampled to `targets`.
+        num_masked: masked units per image.
     """
 
     patches: Grid
@@ -75,34 +75,26 @@ def plan_layout(
 
     Args:
         image_size, patch, unit: sides in pixels.
-        ratio: fraction of units to hide: round(ratio * units) of them.
+        ratio: fraction of units to mask: round(ratio * units) of them.
         teacher_grid: rows and columns of the teacher's tokens.
         align: "pool-student", "resample-teacher", or None for what fits.
         teacher: its name, for messages.
 
     Raises:
-        UsageError: sides that do not divide each other, no visible or no hidden unit, or a teacher grid
-            that cannot be aligned as asked.
+        UsageError: sides that do not divide each other, no visible or no masked unit, or a teacher grid that
+            cannot be aligned as asked.
     """
-    for side, name in ((patch, "the student's patch"), (unit, "--mask-unit")):
-        if image_size % side:
-            raise UsageError(
-                f"--image-size {image_size} is not a multiple of {name} of {side} px; "
-                f"the nearest is {max(1, round(image_size / side)) * side}"
-            )
-    if unit % patch:
-        raise UsageError(
-            f"--mask-unit {unit} is not a multiple of the student's patch of {patch} px; "
-            f"the nearest is {max(1, round(unit / patch)) * patch}"
-        )
+    check_multiple(image_size, patch, "the student's patch")
+    check_multiple(image_size, unit, "--mask-unit")
+    check_multiple(unit, patch, "the student's patch", option="--mask-unit")
     side = image_size // patch
     across = image_size // unit
     num_units = across * across
     num_masked = round(ratio * num_units)
     if not 0 < num_masked < num_units:
-        left = "hidden" if num_masked == 0 else "visible"
+        missing = "masked" if num_masked == 0 else "visible"
         raise UsageError(
-            f"--mask-ratio {ratio} of {num_units} mask units of {unit} px leaves none {left}: "
+            f"--mask-ratio {ratio} of {num_units} mask units of {unit} px leaves none {missing}: "
             f"expected a ratio between {0.5 / num_units:.3g} and {1 - 0.5 / num_units:.3g}, or a smaller "
             f"--mask-unit"
         )
@@ -112,10 +104,10 @@ def plan_layout(
         align = "resample-teacher" if finer else "pool-student"
     if align == "resample-teacher":
         return Layout(patches, units, patches, teacher_grid != patches, num_masked)
-    shown = f"{teacher}'s grid of {teacher_grid[0]} x {teacher_grid[1]} tokens"
+    grid = f"{teacher}'s grid of {teacher_grid[0]} x {teacher_grid[1]} tokens"
     if any(side % t for t in teacher_grid):
         raise UsageError(
-            f"{shown} cannot be aligned by pooling the student's grid of {side} x {side}: it does not divide "
+            f"{grid} cannot be aligned by pooling the student's grid of {side} x {side}: it does not divide "
             f"it; set --align resample-teacher, another --image-size, or the teacher's :size="
         )
     if any(t % across for t in teacher_grid):
@@ -127,13 +119,22 @@ def plan_layout(
     return Layout(patches, units, teacher_grid, False, num_masked)
 
 
+def check_multiple(value: int, side: int, name: str, option: str = "--image-size") -> None:
+    """Raise UsageError where an option's value is not a multiple of a side in pixels."""
+    if value % side:
+        raise UsageError(
+            f"{option} {value} is not a multiple of {name} of {side} px; the nearest is "
+            f"{max(1, round(value / side)) * side}"
+        )
+
+
 def generator(seed: int, purpose: int, epoch: int, position: int) -> np.random.Philox:
-    """The stream of random numbers that belongs to one image of one epoch, whoever draws it."""
+    """The random numbers of one image in one epoch, the same in every process."""
     return np.random.Philox(key=[seed, purpose], counter=[0, 0, position, epoch])
 
 
 def draw_mask(layout: Layout, seed: int, epoch: int, position: int) -> np.ndarray:
-    """Which units of an image are hidden: bool (num_units,), True for exactly `num_masked` of them."""
+    """Which units of an image are masked: bool (num_units,), True for exactly `num_masked` of them."""
     draws = generator(seed, MASK, epoch, position).random_raw(layout.num_units)
     mask = np.zeros(layout.num_units, dtype=bool)
     mask[np.argsort(draws, kind="stable")[: layout.num_masked]] = True
@@ -148,20 +149,20 @@ def on_grid(mask: Tensor, units: Grid, grid: Grid) -> Tensor:
 
 
 def split_indices(mask: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
-    """Indices of what is visible and of what is to be predicted.
+    """Indices of the visible patches and of what is predicted.
 
     Args:
-        mask: bool (B, units), True where hidden; the same number in each row.
+        mask: bool (B, units), True where masked; the same number in each row.
 
     Returns:
         visible: int64 (B, V), ascending patch numbers.
-        masked: int64 (B, M * cells), patch numbers, the cells of one target token side by side.
-        targets: int64 (B, M), ascending numbers of the hidden target tokens.
+        masked: int64 (B, M * cells), patch numbers; those of one target token are adjacent.
+        targets: int64 (B, M), ascending numbers of the masked target tokens.
     """
     patches = on_grid(mask, layout.units, layout.patches).to(torch.uint8)
     visible = patches.argsort(dim=1, stable=True)[:, : layout.num_visible_patches]
-    hidden = on_grid(mask, layout.units, layout.targets).to(torch.uint8)
-    targets = hidden.argsort(dim=1, stable=True)[:, -layout.num_masked_targets :]
+    target_mask = on_grid(mask, layout.units, layout.targets).to(torch.uint8)
+    targets = target_mask.argsort(dim=1, stable=True)[:, -layout.num_masked_targets :]
     if layout.targets == layout.patches:
         return visible, targets, targets
     cells = torch.as_tensor(layout.cells, device=mask.device)

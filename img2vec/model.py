@@ -15,21 +15,22 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from img2vec.config import Config
-from img2vec.masking import Layout, plan_layout, split_indices
+from img2vec.masking import Layout, check_multiple, plan_layout, split_indices
 from tokdiv.errors import UsageError
 from tokdiv.teachers.architecture import create_model
 from tokdiv.teachers.spec import nearest
 from tokdiv.teachers.teacher import Teacher
 
 EPSILON = 1e-6  # of every LayerNorm, as in timm's ViTs
+PLAIN = "expected a plain VisionTransformer of timm, as vit_base_patch16_224"
 HEAD_DIM = 32  # channels of one head of the decoder, as in MAE's (512 in 16 heads)
 
 
 class Prediction(NamedTuple):
-    """What the student says of a batch.
+    """What the student predicts for a batch.
 
-    tokens: (B, M, C) the hidden target tokens. image: (B, C) the mean of all target tokens, None where
-    the global loss is off. representation: (B, V, D) the visible patches' multi-block tokens.
+    tokens: (B, M, C) the masked target tokens. image: (B, C) the mean of all target tokens, None where the
+    global loss is off. representation: (B, V, D) the visible patches' multi-block tokens.
     """
 
     tokens: Tensor
@@ -48,7 +49,6 @@ def make_student(config: Config) -> VisionTransformer:
         raise UsageError(
             f"--student '{name}': timm has no such model{nearest(name, timm.list_models('*vit*'))}"
         )
-    plain = "expected a plain VisionTransformer of timm, as vit_base_patch16_224"
     if "img_size" in config.student_args:
         raise UsageError("student_args: img_size is the side of the view: give it as --image-size")
     try:
@@ -56,31 +56,10 @@ def make_student(config: Config) -> VisionTransformer:
             name, config.student_args, "student_args", num_classes=0, img_size=config.image_size
         )
     except TypeError:
-        raise UsageError(f"--student '{name}' takes no image size: {plain}") from None
+        raise UsageError(f"--student '{name}' takes no image size: {PLAIN}") from None
     except UsageError as error:
-        raise UsageError(f"{error}; {plain}") from None
-    if type(student) is not VisionTransformer or type(student.patch_embed) is not PatchEmbed:
-        raise UsageError(f"--student '{name}' is a {type(student).__name__}: {plain}")
-    if student.pos_embed is None or not isinstance(student.patch_embed.norm, nn.Identity):
-        raise UsageError(
-            f"--student '{name}' has no position embeddings to give to visible patches: {plain}"
-        )
-    if not isinstance(student.patch_drop, nn.Identity):
-        raise UsageError(
-            "student_args: patch_drop_rate: the mask drops patches already; leave it out"
-        )
-    if student.attn_pool is not None:
-        raise UsageError(f"--student '{name}' pools by attention: {plain}")
-    patch = student.patch_embed.patch_size
-    if patch[0] != patch[1]:
-        raise UsageError(
-            f"--student '{name}' has patches of {patch[0]} x {patch[1]} px: expected squares"
-        )
-    if config.image_size % patch[0]:
-        raise UsageError(
-            f"--image-size {config.image_size} is not a multiple of the student's patch of {patch[0]} px; "
-            f"the nearest is {max(1, round(config.image_size / patch[0])) * patch[0]}"
-        )
+        raise UsageError(f"{error}; {PLAIN}") from None
+    _check_plain(student, config)
     _initialize(student)
     positions = sine_positions(student.patch_embed.grid_size, student.embed_dim)
     prefix = student.pos_embed.shape[1] - len(positions)
@@ -91,11 +70,30 @@ def make_student(config: Config) -> VisionTransformer:
             if token is not None:
                 nn.init.normal_(token, std=0.02)
     student.pos_embed.requires_grad_(False)
-    # Never used below: blocks are normalized without learned parameters, so that the final norm of the
-    # exported student, with weight 1 and bias 0, is the very norm of its last block in training.
+    # Not used in training: blocks are normalized without learned parameters. So the final norm of the exported
+    # student, with weight 1 and bias 0, is the norm of its last block in training.
     student.norm.requires_grad_(False)
     student.fc_norm.requires_grad_(False)
     return student
+
+
+def _check_plain(student: nn.Module, config: Config) -> None:
+    """Raise UsageError for a student that `Img2Vec` cannot run on visible patches alone."""
+    name = f"--student '{config.student}'"
+    if type(student) is not VisionTransformer or type(student.patch_embed) is not PatchEmbed:
+        raise UsageError(f"{name} is a {type(student).__name__}: {PLAIN}")
+    if student.pos_embed is None or not isinstance(student.patch_embed.norm, nn.Identity):
+        raise UsageError(f"{name} has no position embeddings to give to visible patches: {PLAIN}")
+    if student.attn_pool is not None:
+        raise UsageError(f"{name} pools by attention: {PLAIN}")
+    if not isinstance(student.patch_drop, nn.Identity):
+        raise UsageError(
+            "student_args: patch_drop_rate: the mask drops patches already; leave it out"
+        )
+    height, width = student.patch_embed.patch_size
+    if height != width:
+        raise UsageError(f"{name} has patches of {height} x {width} px: expected squares")
+    check_multiple(config.image_size, width, "the student's patch")
 
 
 def make_model(encoder: VisionTransformer, teacher: Teacher, config: Config) -> "Img2Vec":
@@ -138,7 +136,7 @@ def resolve_blocks(text: str, depth: int) -> tuple[int, ...]:
 
 
 class Img2Vec(nn.Module):
-    """Encoder, decoder and heads; `forward` reads as the method does: encode, decode, predict.
+    """Encoder, decoder and heads: encode the visible patches, decode the masked ones, predict their targets.
 
     Args:
         encoder: from `make_student`.
@@ -165,7 +163,9 @@ class Img2Vec(nn.Module):
         self.layout = layout
         self.blocks = resolve_blocks(config.blocks, len(encoder.blocks))
         for block in encoder.blocks[self.blocks[-1] + 1 :]:
-            block.requires_grad_(False)  # nothing behind the last chosen block is run or trained
+            block.requires_grad_(
+                False
+            )  # blocks after the last chosen one are neither run nor trained
         self.checkpoint_blocks = config.checkpoint_blocks
         self.decoder_embed = nn.Linear(width, narrow)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, narrow))
@@ -184,7 +184,7 @@ class Img2Vec(nn.Module):
             if module is not None:
                 _initialize(module)
         nn.init.normal_(self.mask_token, std=0.02)
-        # In units of uint8, as the images come.
+        # In units of uint8 images.
         scale = torch.tensor([config.mean, config.std]).mul(255).view(2, 3, 1, 1)
         self.register_buffer("mean", scale[0], persistent=False)
         self.register_buffer("std", scale[1], persistent=False)
@@ -193,11 +193,11 @@ class Img2Vec(nn.Module):
         )
 
     def forward(self, images: Tensor, mask: Tensor) -> Prediction:
-        """Predict the hidden target tokens of a batch.
+        """Predict the masked target tokens of a batch.
 
         Args:
             images: (B, 3, S, S) uint8, 0 to 255.
-            mask: bool (B, units), True where hidden; the same number in each row.
+            mask: bool (B, units), True where masked; the same number in each row.
         """
         visible, masked, _ = split_indices(mask, self.layout)
         representation = self.encode(images, visible)
@@ -210,9 +210,9 @@ class Img2Vec(nn.Module):
     def encode(self, images: Tensor, visible: Tensor) -> Tensor:
         """The multi-block representation of the visible patches (section 3.2).
 
-        The mean of the chosen blocks' outputs, each brought to mean 0 and variance 1 per token first by a
-        LayerNorm without parameters. The paper does not say how blocks of different scale are brought
-        together; without it, the last blocks, whose residual stream is largest, would drown the others.
+        The mean of the chosen blocks' outputs, after a LayerNorm without parameters. The paper does not say how
+        blocks of different scale are combined; without the norm, the last blocks, whose residual stream is
+        largest, would dominate.
 
         Args:
             images: (B, 3, S, S) uint8. visible: int64 (B, V), ascending patch numbers.
@@ -244,11 +244,11 @@ class Img2Vec(nn.Module):
         return total / len(self.blocks) if len(self.blocks) > 1 else total
 
     def decode(self, representation: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
-        """The decoder's tokens at hidden places, one per target token.
+        """The decoder's tokens at the masked positions, one per target token.
 
-        Attention has no order, so the sequence stays as it is, visible tokens first, hidden ones last, and
-        each brings its position along. Where a target token covers several patches, their tokens are
-        averaged; the head is linear, so that this is the average of their predictions.
+        The sequence is not put back in order, since attention needs none: visible tokens come first, masked ones
+        last, each with its position embedding. Where a target token covers several patches, their tokens are
+        averaged; the head is linear, so this averages their predictions.
 
         Args:
             representation: (B, prefix + V, D). visible: int64 (B, V). masked: int64 (B, M * cells).
@@ -269,12 +269,12 @@ class Img2Vec(nn.Module):
         )
         for block in self.decoder_blocks[:-1]:
             tokens = _last_tokens(block, tokens, tokens.shape[1])
-        hidden = self.decoder_norm(_last_tokens(self.decoder_blocks[-1], tokens, masked.shape[1]))
+        decoded = self.decoder_norm(_last_tokens(self.decoder_blocks[-1], tokens, masked.shape[1]))
         cells = self.layout.cells.shape[1]
-        return hidden.unflatten(1, (-1, cells)).mean(dim=2) if cells > 1 else hidden
+        return decoded.unflatten(1, (-1, cells)).mean(dim=2) if cells > 1 else decoded
 
     def _embed(self, images: Tensor, visible: Tensor) -> Tensor:
-        """(B, V, D): the visible patches alone are cut out, normalized and embedded."""
+        """(B, V, D): cut out, normalize and embed the visible patches only."""
         projection = self.encoder.patch_embed.proj
         side = projection.kernel_size[0]
         rows, columns = self.layout.patches
@@ -293,7 +293,7 @@ class Img2Vec(nn.Module):
 
     @torch.no_grad()
     def tokens(self, images: Tensor) -> Tensor:
-        """What the exported student gives for whole images: uint8 (B, 3, S, S) to (B, K, D)."""
+        """The exported student's tokens of unmasked images: uint8 (B, 3, S, S) to (B, K, D)."""
         training = self.encoder.training
         self.encoder.eval()
         pixels = images.to(self.mean.dtype).sub_(self.mean).div_(self.std)
@@ -305,14 +305,14 @@ class Img2Vec(nn.Module):
 def _last_tokens(block: Block, tokens: Tensor, count: int) -> Tensor:
     """The last `count` tokens of block(tokens): (B, N, D) to (B, count, D).
 
-    The same numbers, without the queries and the MLP of tokens that nobody reads.
+    The same numbers, without computing queries and MLP for tokens that are not used.
     """
-    hidden = tokens[:, -count:] + _last_attended(block.attn, block.norm1(tokens), count)
-    return hidden + block.mlp(block.norm2(hidden))
+    last = tokens[:, -count:] + _last_attended(block.attn, block.norm1(tokens), count)
+    return last + block.mlp(block.norm2(last))
 
 
 def _last_attended(attention: Any, normed: Tensor, count: int) -> Tensor:
-    """The last `count` tokens of attention(normed); apart, so that its scores are gone before the MLP."""
+    """The last `count` tokens of attention(normed); a function, so that its scores are freed before the MLP."""
     D = normed.shape[2]
     heads, width = attention.num_heads, attention.head_dim
     weight, bias = attention.qkv.weight, attention.qkv.bias
@@ -323,7 +323,7 @@ def _last_attended(attention: Any, normed: Tensor, count: int) -> Tensor:
     if attention.fused_attn:
         attended = F.scaled_dot_product_attention(queries, keys, values)
     else:
-        # The scores are made again in the backward pass: keeping them takes more than all else here.
+        # The scores are computed again in the backward pass: keeping them would take the most memory here.
         attended = checkpoint(
             _attend,
             queries * attention.scale,
@@ -340,11 +340,11 @@ def _attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 
 
 def choose_attention(model: Img2Vec, device: torch.device, dtype: str) -> None:
-    """Fused attention (SDPA) everywhere, but for bfloat16 on a CPU.
+    """Use fused attention (SDPA), except for bfloat16 on a CPU.
 
-    There the backward pass of torch's kernel takes 2 to 3 times as long as plain matrix products, at the
-    lengths met here (197 tokens and fewer). In float32 the plain products are faster too for the encoder's
-    short sequences, but keep more for the backward pass than is won.
+    There the backward pass of torch's kernel takes 2 to 3 times as long as plain matrix products, for up to 256
+    tokens. In float32 plain products are faster too for the encoder's short sequences, but their memory for the
+    backward pass costs more than that.
     """
     if device.type == "cpu" and dtype == "bfloat16" and model.layout.num_patches <= 256:
         for block in [*model.encoder.blocks, *model.decoder_blocks]:
@@ -361,9 +361,9 @@ def encoder_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def sine_positions(grid: tuple[int, int], dim: int) -> Tensor:
     """Fixed sine and cosine position embeddings of a grid: float32 (rows * columns, dim).
 
-    The first half of the channels is for the row, the second for the column; in each, sines, then cosines,
-    of the coordinate times 10000^(-2i / half) (Vaswani et al., arXiv 1706.03762, section 3.5, per axis).
-    Channels left over by a width that is no multiple of 4 are 0.
+    The first half of the channels is for the row, the second for the column. Each has sines, then cosines, of
+    the coordinate times 10000^(-2i / half) (Vaswani et al., arXiv 1706.03762, section 3.5, per axis). Where dim
+    is not a multiple of 4, the remaining channels are 0.
     """
     quarter = dim // 4
     frequencies = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)

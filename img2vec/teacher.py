@@ -1,10 +1,12 @@
-"""Which teacher a pretraining learns from: a SPEC, the winner of a ranking, or a network of the user's own."""
+"""Which teacher a pretraining uses: a SPEC, the winner of a ranking, or a network of the user's own."""
 
 import logging
 from pathlib import Path
 
 import torch
 
+from img2vec.config import Config
+from tokdiv.dist import choose_dtype
 from tokdiv.errors import UsageError
 from tokdiv.teachers.load import load_teacher
 from tokdiv.teachers.spec import TeacherSpec
@@ -14,40 +16,34 @@ log = logging.getLogger(__name__)
 
 
 def open_teacher(
-    given: str | Path | TeacherSpec | Teacher,
-    image_size: int,
-    *,
-    device: torch.device,
-    dtype: str,
-    compile: bool,
+    given: str | Path | TeacherSpec | Teacher, config: Config, device: torch.device
 ) -> Teacher:
     """Load a teacher and prepare it for a device.
 
     Args:
         given: a SPEC, a TeacherSpec, a Teacher, or the folder (or ranking.json) of a ranking.
-        image_size: side of the student's view, which the teacher gets unless its spec says otherwise.
 
     Raises:
         UsageError: no such teacher, or a folder without a ranking.
     """
-    if isinstance(given, Teacher):
-        if given.spec.is_custom:
-            log.warning(
-                "%s is made by code of your own: without that code this run cannot be resumed, nor its teacher be "
-                "loaded again",
-                given.name,
-            )
-        if given.size != image_size:
-            log.info(
-                "%s sees the view resized from %d to %d pixels", given.name, image_size, given.size
-            )
-        return given.prepare(device, dtype, compile)
-    spec = given if isinstance(given, TeacherSpec) else _spec(given)
-    teacher = load_teacher(spec, image_size=image_size, device=device, dtype=dtype)
-    return teacher.prepare(device, dtype, compile) if compile else teacher
+    dtype, compile = choose_dtype(config.dtype, device), config.compiles_on(device)
+    if not isinstance(given, Teacher):
+        spec = given if isinstance(given, TeacherSpec) else _resolve(given)
+        teacher = load_teacher(spec, image_size=config.image_size, device=device, dtype=dtype)
+        return teacher.prepare(device, dtype, compile) if compile else teacher
+    if given.spec.is_custom:
+        log.warning(
+            "%s is made by code of your own: without that code this run cannot be resumed, nor its teacher be "
+            "loaded again",
+            given.name,
+        )
+    if given.size != config.image_size:
+        text = "%s sees the view resized from %d to %d pixels"
+        log.info(text, given.name, config.image_size, given.size)
+    return given.prepare(device, dtype, compile)
 
 
-def _spec(given: str | Path) -> str | TeacherSpec:
+def _resolve(given: str | Path) -> str | TeacherSpec:
     """A SPEC as it stands, or the winner where `given` is a ranking."""
     path = Path(given).expanduser()
     if (path / "ranking.json").is_file() or (path.suffix == ".json" and path.is_file()):
@@ -62,7 +58,7 @@ def _spec(given: str | Path) -> str | TeacherSpec:
 
 def _winner(path: Path) -> TeacherSpec:
     """The best teacher of a ranking, with what a user should know about the ranking."""
-    from tokdiv.ranking import load_ranking
+    from tokdiv.hand_over import load_ranking
 
     ranking = load_ranking(path)
     best: TeacherSpec = ranking.best

@@ -11,10 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from img2vec.checkpoint import load_last, load_model_state
+from img2vec.checkpoint import load_model_state
 from img2vec.config import Config
 from img2vec.masking import draw_mask, split_indices
 from img2vec.model import make_model, make_student
+from img2vec.resume import load_last
 from img2vec.targets import make_targets, resize_view
 from tokdiv.data.decode import UnusableImage, center_view, decode_image
 from tokdiv.data.loader import permutation

@@ -24,12 +24,12 @@ HEAVY = {
 # file is added to the line below the last room that it needs.
 ROOMS = {
     "tokdiv": [
-        "errors text lazy memory similarity",
-        "certify correspondence dist metric run_dir settings progress",
+        "errors text lazy memory progress similarity versions",
+        "certify correspondence dist metric run_dir settings",
         "config data figures teachers",
-        "autotune run_config scores tables",
-        "ranking",
-        "judge",
+        "autotune noise run_config scores tables",
+        "ranking state",
+        "hand_over judge",
         "measure",
         "depth maps",
         "report",

@@ -11,9 +11,10 @@ if TYPE_CHECKING:
     from tokdiv.certify import certify_order, confidence_sequence
     from tokdiv.correspondence import correspondence
     from tokdiv.errors import RunError, UsageError
+    from tokdiv.hand_over import load_ranking
     from tokdiv.metric import TokenSimilarity
     from tokdiv.rank import rank
-    from tokdiv.ranking import Ranking, load_ranking
+    from tokdiv.ranking import Ranking
     from tokdiv.similarity import token_similarity
     from tokdiv.teachers.load import load_teacher
     from tokdiv.teachers.notation import parse_specs
@@ -32,7 +33,7 @@ _HOMES = {
     "certify_order": "certify",
     "confidence_sequence": "certify",
     "correspondence": "correspondence",
-    "load_ranking": "ranking",
+    "load_ranking": "hand_over",
     "load_teacher": "teachers.load",
     "parse_specs": "teachers.notation",
     "rank": "rank",

@@ -1,6 +1,7 @@
 """The command line: parse, call, print, exit. Torch is imported inside the commands, so that help is instant."""
 
 import contextlib
+import io
 import itertools
 import json
 import logging
@@ -207,6 +208,9 @@ def run(application: typer.Typer) -> int:
 
     0 done, 1 a run-time failure, 2 a mistake in the call, 130 and 143 interrupted by SIGINT and SIGTERM.
     """
+    # An ASCII terminal, or a path that is no UTF-8, must not end a run that is done.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     with _messages(), _signals_end():
         try:
             code = application(standalone_mode=False)

@@ -49,6 +49,12 @@ class Settings:
         at_least=1,
         shown_default="224",
     )
+    correspondence_images: int = setting(
+        256,
+        "Images whose correspondence tells noise-like teachers apart; up to twice as many while one is undecided. "
+        "0 leaves it out.",
+        at_least=0,
+    )
     allow_baselines: bool = setting(False, "Let pixels, hog and untrained networks win.")
 
     def __post_init__(self) -> None:

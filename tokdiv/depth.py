@@ -1,7 +1,6 @@
 """Token similarity by block depth: where a network over-smooths, and which block is the most diverse teacher."""
 
 import json
-import logging
 import os
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -25,12 +24,10 @@ from tokdiv.figures.style import save_figure
 from tokdiv.measure import load_measurable
 from tokdiv.progress import progress_bar
 from tokdiv.run_dir import locked_folder, write_atomic
-from tokdiv.scores import SKIPPED, write_skipped
+from tokdiv.scores import write_skipped
 from tokdiv.similarity import token_similarity
 from tokdiv.teachers.spec import TeacherSpec
 from tokdiv.teachers.teacher import Teacher
-
-log = logging.getLogger(__name__)
 
 CONFIDENCE = 0.99  # of all points of a teacher's curve together
 
@@ -92,13 +89,11 @@ def measure_depth(
             "blocks": rows,
         }
         write_atomic(folder / "depth.json", json.dumps(content, indent=2) + "\n")
-        columns = ["block", "mean_similarity", "ci_low", "ci_high"]
+        columns = ["mean_similarity", "ci_low", "ci_high"]
         curves = table[~table["norm"]].groupby("teacher", sort=False)[columns]
         figure = depth_figure({str(name): tuple(curve.to_numpy().T) for name, curve in curves})  # type: ignore[misc]
         for suffix in ("png", "svg"):
             save_figure(figure, folder / f"depth.{suffix}")
-    if skipped:
-        log.warning("unusable images skipped: %s (see %s)", f"{len(skipped):,}", folder / SKIPPED)
     return table
 
 

@@ -14,7 +14,14 @@ import torch
 import torch.distributed as distributed
 from torch import Tensor
 
-from tokdiv.errors import EXIT_CODES, LostPeer, RunError, SharedError, UsageError
+from tokdiv.errors import (
+    EXIT_CODES,
+    Interrupted,
+    LostPeer,
+    RunError,
+    SharedError,
+    UsageError,
+)
 from tokdiv.memory import freed_memory_kept
 
 T = TypeVar("T")
@@ -266,6 +273,28 @@ def caught_signals() -> Iterator[Interruption]:
     before = {number: signal.signal(number, note) for number in EXIT_CODES}
     try:
         yield interruption
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def ended_by_signals(done: str) -> Iterator[None]:
+    """Raise Interrupted as soon as a signal comes, also within `caught_signals`: for waits with nothing to save.
+
+    Args:
+        done: as in Interrupted.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: types.FrameType | None) -> None:
+        raise Interrupted(number, done)
+
+    before = {number: signal.signal(number, end) for number in EXIT_CODES}
+    try:
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

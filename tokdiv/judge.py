@@ -9,10 +9,12 @@ from numpy.typing import NDArray
 
 from tokdiv.certify import Certificate, OrderCertifier, look_schedule
 from tokdiv.config import Settings
+from tokdiv.data.loader import UNREAD
 from tokdiv.data.source import Source
 from tokdiv.errors import RunError
-from tokdiv.ranking import eligible_teachers
+from tokdiv.ranking import MAX_ZERO_TOKENS, eligible_teachers
 from tokdiv.scores import Scores, ScoreTable
+from tokdiv.state import State
 from tokdiv.teachers.teacher import Teacher
 
 MEAN_IMAGES = 256  # usable images that the mean token of `centred_similarity` is made of
@@ -42,9 +44,9 @@ class Plan:
 class Share:
     """What one process measured of a step, the positions [start, stop).
 
-    positions: (n,) of its own. keys, reasons: n each. scores: (n, len(plan.columns), 3) float32, NaN for unusable
+    positions: (n,) of its own. keys, reasons: n each. scores: (n, len(plan.columns), 4) float32, NaN for unusable
     images and dropped teachers. mean_tokens: per column (num_usable, C) while mean tokens are being taken. signal:
-    the signal that came, or 0.
+    the signal that came, or 0. failure: why DATA cannot be read any further, or None.
     """
 
     start: int
@@ -55,6 +57,7 @@ class Share:
     scores: Scores
     mean_tokens: list[NDArray[np.float32]]
     signal: int
+    failure: str | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,8 @@ class Judge:
 
     Args:
         table: the scores so far, which are judged at once.
+        state: where they are stored; None keeps them in memory.
+        noise_like: of each teacher; None where it is not known.
 
     Attributes:
         limit: how many images there are to measure at most.
@@ -79,9 +84,16 @@ class Judge:
     """
 
     def __init__(
-        self, table: ScoreTable, teachers: Sequence[Teacher], source: Source, settings: Settings
+        self,
+        table: ScoreTable,
+        state: State | None,
+        teachers: Sequence[Teacher],
+        source: Source,
+        settings: Settings,
+        noise_like: Sequence[bool | None],
     ) -> None:
-        self.table, self.teachers, self.settings = table, teachers, settings
+        self.table, self.state, self.teachers, self.settings = table, state, teachers, settings
+        self._noise_like = noise_like
         limits = (settings.max_images, source.count, ENDLESS)
         self.limit = min(limit for limit in limits if limit is not None)
         self.certifier = OrderCertifier(
@@ -93,7 +105,10 @@ class Judge:
             upper=1.0,
             approximate=not source.permutable,
         )
-        self.eligible = eligible_teachers([t.spec for t in teachers], settings.allow_baselines)
+        self._zeros = np.zeros(
+            len(teachers)
+        )  # sum of the share of zero tokens, up to the last look
+        self._num_usable = np.zeros(len(teachers))
         self._mode = settings.certify if len(teachers) > 1 else "none"
         self._looks = look_schedule(self.limit)
         self._judged = 0
@@ -115,6 +130,14 @@ class Judge:
     def finished(self) -> bool:
         """Whether nothing is left to measure or to learn."""
         return self.table.progress.finished is not None
+
+    @property
+    def eligible(self) -> list[int]:
+        """The columns of the teachers that may win, by what is known at the last look."""
+        shares = self._zeros / np.maximum(self._num_usable, 1)
+        specs = [teacher.spec for teacher in self.teachers]
+        allow = self.settings.allow_baselines
+        return eligible_teachers(specs, shares.tolist(), self._noise_like, allow)
 
     def _num_measured(self, column: int) -> int:
         return self.table.progress.measured[self.teachers[column].name]
@@ -143,8 +166,12 @@ class Judge:
         """Enter the scores of a step, and judge every look that they complete.
 
         Raises:
-            RunError: a teacher gave NaN, or the disk is full.
+            RunError: DATA is gone, a teacher gave NaN, none may win, or the disk is full.
         """
+        if failures := [share.failure for share in shares if share.failure]:
+            self._forget_unread()
+            self._store()
+            raise RunError(failures[0])
         start, stop = shares[0].start, shares[0].stop
         # Without those that were dropped after a GPU had begun with this step.
         active = [n for n in plan.columns if n in self.active]
@@ -175,6 +202,13 @@ class Judge:
         replan = self.finished or moot or stop >= min(plan.stop, self.limit)
         return Verdict(active, self._batch_rows, replan, signal)
 
+    def _forget_unread(self) -> None:
+        """Forget the last images, if they could not be read: it was DATA that failed, not they."""
+        stop, reasons = self.table.num_seen, self.table.reasons
+        while reasons.get(stop - 1, "").startswith(UNREAD):
+            stop -= 1
+        self.table.go_back(stop)
+
     def _save(self, num_rows: int, now: bool) -> None:
         """Store the scores if it is time, and keep the steps short enough for that.
 
@@ -187,9 +221,13 @@ class Judge:
         elif seconds < STEP_SECONDS / 2.5:
             self._batch_rows = min(ENDLESS, self._batch_rows * 2)
         if now or time.monotonic() - self._saved > SAVE_SECONDS:
-            self.table.save()
+            self._store()
             self._saved = time.monotonic()
         self._answered = time.monotonic()
+
+    def _store(self) -> None:
+        if self.state:
+            self.state.save(self.table)
 
     def _first_nan(self, shares: list[Share], plan: Plan) -> "_Nan | None":
         """The first usable image that an active teacher has no score for."""
@@ -223,8 +261,17 @@ class Judge:
                     table.finish("every image", num_complete)
                 break
             look = int(due[0])
-            self.certifier.update(table.rows(self._judged, look))
+            scores, zeros = (table.rows(self._judged, look, m) for m in ("similarity", "zeros"))
+            self.certifier.update(scores)
+            self._zeros += np.nansum(zeros, axis=0, dtype=np.float64)
+            self._num_usable += (~np.isnan(zeros)).sum(axis=0)
             self._judged, looked = look, True
+            if not self.eligible:
+                names = ", ".join(t.name for t in self.teachers if not t.spec.baseline)
+                raise RunError(
+                    f"{names}: more than {MAX_ZERO_TOKENS:.0%} of the tokens are zero, so the weights are damaged "
+                    f"or missing, and no other teacher is left that may win: give other teachers, and another -o"
+                )
             certificate = self.certifier.certificate()
             for n in self._losers(certificate):
                 table.drop(n, look)

@@ -70,8 +70,8 @@ def draw_maps(
         [t.name for t in loaded],
         found.maps,
         found.rectangles,
+        found.tokens,
         found.similarities,
-        tokens=found.tokens,
     )
     return save_figure(figure, picture)
 

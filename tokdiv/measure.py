@@ -28,7 +28,7 @@ from tokdiv.errors import Interrupted, RunError, UsageError
 from tokdiv.judge import ENDLESS, Judge, Plan, Share
 from tokdiv.progress import progress_bar
 from tokdiv.scores import MEASURES
-from tokdiv.similarity import pooled_similarity, token_similarity
+from tokdiv.similarity import pooled_similarity, token_similarity, zero_share
 from tokdiv.teachers.load import load_teachers
 from tokdiv.teachers.spec import TeacherSpec
 from tokdiv.teachers.teacher import Teacher
@@ -151,6 +151,7 @@ class _Steps:
         self._batches = _on_device(self._reader, self.device)
         self._batch: Batch | None = None  # what is left of the batch at hand
         self._start = self._stop = plan.start  # the positions it stands for
+        self._failure: str | None = None
         self._launched: deque[_Launched] = deque()
 
     def next(self, active: list[int], batch_rows: int, interruption: Interruption) -> Share | None:
@@ -181,7 +182,10 @@ class _Steps:
             if span is None:
                 return False
             self._start, self._stop = span
-            self._batch = next(self._batches, None)  # None past the end of a stream
+            try:
+                self._batch = next(self._batches, None)  # None past the end of a stream
+            except RunError as error:  # told with the share, so that all processes end alike
+                self._batch, self._failure = None, str(error)
         return True
 
     def _launch(self, start: int, stop: int, batch: Batch | None, active: list[int]) -> "_Launched":
@@ -207,8 +211,9 @@ class _Steps:
                 pooled = pooled_similarity(tokens, teacher.grid)
                 if pooled is not None:
                     scores[:, place, 2] = pooled
+                scores[:, place, 3] = zero_share(tokens)
             clocks.append((teacher.name, begun, _clock(self.device)))
-        return _Launched(start, stop, batch, scores, mean_tokens, clocks)
+        return _Launched(start, stop, batch, scores, mean_tokens, clocks, self._failure)
 
     def _fetch(self, launched: "_Launched", interruption: Interruption) -> Share:
         """Wait for the scores of a step, and bring them to the CPU."""
@@ -229,6 +234,7 @@ class _Steps:
             scores,
             [tokens.cpu().numpy() for tokens in launched.mean_tokens],
             interruption.signal,
+            launched.failure,
         )
 
 
@@ -239,9 +245,10 @@ class _Launched:
     start: int
     stop: int
     batch: Batch | None
-    scores: Tensor  # (num_usable, columns, 3)
+    scores: Tensor  # (num_usable, columns, len(MEASURES))
     mean_tokens: list[Tensor]
     clocks: list[tuple[str, Any, Any]]  # teacher, begun, ended
+    failure: str | None
 
 
 def _tokens(teacher: Teacher, views: Tensor) -> Tensor:

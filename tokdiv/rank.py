@@ -18,18 +18,22 @@ from tokdiv.data.open import open_source
 from tokdiv.data.source import Source, permutation
 from tokdiv.dist import Processes, caught_signals, choose_dtype, processes
 from tokdiv.errors import first_line
+from tokdiv.hand_over import write_ranking
 from tokdiv.judge import Judge
 from tokdiv.measure import load_measurable, measure
+from tokdiv.noise import measure_correspondence
 from tokdiv.ranking import Ranking, make_ranking
 from tokdiv.run_config import (
+    Previous,
     check_same_run,
-    stored_batch_size,
-    stored_config,
-    stored_rates,
+    identity,
+    read_previous,
+    run_config,
     write_config,
 )
 from tokdiv.run_dir import open_run_dir
-from tokdiv.scores import SKIPPED, ScoreTable, check_labels
+from tokdiv.scores import ScoreTable, check_labels
+from tokdiv.state import State
 from tokdiv.teachers.spec import TeacherSpec
 from tokdiv.teachers.teacher import Teacher
 
@@ -54,6 +58,7 @@ def rank(
     compile: Literal["auto", "on", "off"] = "auto",
     seed: int = 0,
     image_size: int | Literal["native"] | None = None,
+    correspondence_images: int = 256,
     allow_baselines: bool = False,
 ) -> Ranking:
     """Rank teachers by the diversity of their tokens on the user's images.
@@ -65,7 +70,7 @@ def rank(
         resume: go on with the RUN that is there; False moves it to RUN.bak-N.
         report: write RUN/report.html and its figure; `tokdiv report RUN` does it later.
         max_images, confidence, certify, tie, batch_size, workers, device, dtype, compile, seed, image_size,
-            allow_baselines: see `tokdiv.config.Settings`, or `tokdiv rank --help`.
+            correspondence_images, allow_baselines: see `tokdiv.config.Settings`, or `tokdiv rank --help`.
 
     Returns:
         The ranking: `.table` (a DataFrame, best first), `.best` (a TeacherSpec), `.certificate`.
@@ -87,6 +92,7 @@ def rank(
         compile=compile,
         seed=seed,
         image_size=image_size,
+        correspondence_images=correspondence_images,
         allow_baselines=allow_baselines,
     )
     with ExitStack() as stack:
@@ -104,35 +110,41 @@ def rank(
         names, specs = [t.name for t in loaded], [t.spec for t in loaded]
         check_labels(names)
 
-        run, config = None, {}
+        run, previous = None, Previous(None, {})
+        config = run_config(source, settings, specs, {})
         if out is not None:
-            same = partial(check_same_run, out, source=source, settings=settings, specs=specs)
+            same = partial(check_same_run, out, config)
             run = group.on_first(stack.enter_context, open_run_dir(out, same, resume=resume))
-            config = group.on_first(stored_config, run)
-        rates = stored_rates(config)
+            previous = group.on_first(read_previous, run)
         key_of = None if order is None else partial(_key, source, order)
-        table = ScoreTable(names, key_of, run)
-        if run:
-            group.on_first(table.load)
-        judge = Judge(table, loaded, source, settings)
+        table = ScoreTable(names, key_of)
+        state = State(run / "state", identity(config)) if run else None
+        if state:
+            group.on_first(state.load, table)
+        interruption = stack.enter_context(caught_signals())
+        found = measure_correspondence(loaded, source, order, settings, group, interruption, run)
+        noise_like = [found[name].noise_like if name in found else None for name in names]
+        judge = Judge(table, state, loaded, source, settings, noise_like)
         if batch_size == "auto":
-            size = stored_batch_size(config)
+            size = previous.batch_size
             if size is None and not group.broadcast(judge.finished):
                 size = group.broadcast(choose_batch_size(loaded, num_images))
             settings = dataclasses.replace(settings, batch_size=size or "auto")
         if run:
-            group.on_first(write_config, run, source, settings, specs, rates)
+            config = run_config(source, settings, specs, previous.rates)
+            group.on_first(write_config, run, config)
 
-        with caught_signals() as interruption:
-            rates |= measure(judge, loaded, source, order, settings, group, interruption)
+        speed = measure(judge, loaded, source, order, settings, group, interruption)
 
-        certificate = judge.certifier.certificate()
+        certificate, rates = judge.certifier.certificate(), previous.rates | speed
         dtypes = {t.name: str(t.dtype).removeprefix("torch.") for t in loaded}
-        result = (table, certificate, specs, source, settings, dtypes, rates)
+        result = (table, certificate, specs, source, settings, dtypes, rates, found)
         ranking = group.on_first(make_ranking, *result)
         _warn(source.warnings[num_warned:], group)
         if run:
-            group.on_first(_write, run, ranking, table, source, specs)
+            group.on_first(write_config, run, config | {"images_per_second": rates})
+            group.on_first(table.write_results, run, ranking.names)
+            group.on_first(write_ranking, ranking, run)  # last: where it is, all else is there too
         if run and report and group.rank == 0:
             _report(run, ranking, source, loaded)
     return ranking
@@ -146,16 +158,6 @@ def _warn(warnings: Sequence[str], group: Processes) -> int:
 
 def _key(source: Source, order: NDArray[np.int64], position: int) -> str:
     return source.key(int(order[position]))
-
-
-def _write(
-    run: Path, ranking: Ranking, table: ScoreTable, source: Source, specs: Sequence[TeacherSpec]
-) -> None:
-    write_config(run, source, ranking.settings, specs, ranking.rates)
-    table.write_results(run, [teacher.name for teacher in ranking.teachers])
-    ranking.write(run)  # last: where ranking.json is, everything else is there too
-    if num_unusable := ranking.data["unusable"]:
-        log.warning("unusable images skipped: %s (see %s)", f"{num_unusable:,}", run / SKIPPED)
 
 
 def _report(run: Path, ranking: Ranking, source: Source, teachers: Sequence[Teacher]) -> None:

@@ -1,15 +1,9 @@
-"""From the score array to the ranking, and RUN/ranking.json, which hands it over.
-
-ranking.json is the contract with everything that follows (the report, `img2vec pretrain`): it holds all that is
-needed to load each teacher again, with the sha256 of its weights.
-"""
+"""From the score array to the ranking: the teachers in order, and what a user should know about it."""
 
 import dataclasses
-import json
-import os
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,14 +12,13 @@ import pandas as pd
 from tokdiv.certify import Certificate, Pair, confidence_sequence
 from tokdiv.config import Settings
 from tokdiv.data.source import Source
-from tokdiv.errors import RunError, UsageError
-from tokdiv.run_config import SCHEMA_VERSION, stored_config, stored_rates
-from tokdiv.run_dir import CONFIG, read_json, write_atomic
+from tokdiv.errors import RunError
+from tokdiv.noise import Correspondence
 from tokdiv.scores import ScoreTable
 from tokdiv.teachers.spec import LoadedSpec, TeacherSpec
 
-RANKING = "ranking.json"
-REPORT_FILES = ("report.html", "similarity.png", "similarity.svg")  # what shows it
+SCHEMA_VERSION = 1  # of ranking.json
+MAX_ZERO_TOKENS = 0.01  # a teacher with a larger share of zero tokens cannot win
 
 
 @dataclass(frozen=True)
@@ -42,6 +35,13 @@ class RankedTeacher:
         dtype: of the forward passes that the scores hold for.
         centred_similarity: of tokens minus the teacher's mean token; None where there were too few images.
         similarity_7x7: of tokens pooled to a 7 x 7 grid; None for a coarser grid.
+        zero_tokens: share of the tokens that are zero. Their cosines count as 0, so they look diverse.
+        correspondence, correspondence_low, correspondence_high: share of tokens that find their place in another
+            view, with its confidence sequence; None where it was not measured.
+        pixels_correspondence: the same of raw pixels on this teacher's grid.
+        noise_like: whether it finds places no better than raw pixels do; None where that is not known.
+        outlier_tokens: share of the tokens whose norm is over 4 times the median norm of their image.
+        local_minus_distant: mean cosine of near tokens minus that of distant ones (LDS).
     """
 
     name: str
@@ -56,6 +56,14 @@ class RankedTeacher:
     dtype: str
     centred_similarity: float | None = None
     similarity_7x7: float | None = None
+    zero_tokens: float = 0.0
+    correspondence: float | None = None
+    correspondence_low: float | None = None
+    correspondence_high: float | None = None
+    pixels_correspondence: float | None = None
+    noise_like: bool | None = None
+    outlier_tokens: float | None = None
+    local_minus_distant: float | None = None
 
 
 @dataclass(frozen=True)
@@ -105,7 +113,10 @@ class Ranking:
     def eligible(self) -> list[str]:
         """The teachers that may win, best first."""
         specs = [teacher.spec for teacher in self.teachers]
-        indices = eligible_teachers(specs, self.settings.allow_baselines)
+        zero_tokens = [teacher.zero_tokens for teacher in self.teachers]
+        noise_like = [teacher.noise_like for teacher in self.teachers]
+        allow = self.settings.allow_baselines
+        indices = eligible_teachers(specs, zero_tokens, noise_like, allow)
         return [self.teachers[n].name for n in indices]
 
     @property
@@ -196,9 +207,44 @@ class Ranking:
                 f"the winner: raw signals and untrained networks are diverse without meaning, so diversity "
                 f"alone does not make them teachers."
             )
+        remarks += self.about_noise()
+        for t in self.teachers:
+            if not t.baseline and t.zero_tokens > MAX_ZERO_TOKENS:
+                remarks.append(
+                    f"{t.name} cannot win: {t.zero_tokens:.0%} of its tokens are zero, so its weights are damaged "
+                    f"or missing."
+                )
         if self.co_winners:
             names = ", ".join(self.co_winners)
             remarks.append(f"The winner is tied with {names} (gap below {self.settings.tie:g}).")
+        return remarks
+
+    def about_noise(self) -> list[str]:
+        """Remarks on trained teachers whose tokens are not, or may not be, about the image."""
+        remarks = []
+        for t in self.teachers:
+            if t.baseline or t.noise_like is not True:
+                continue
+            found = (
+                f"its tokens find {t.correspondence:.3f} of their places in another view, raw pixels "
+                f"{t.pixels_correspondence:.3f}"
+            )
+            if t.name == self.best_name:
+                remarks.append(
+                    f"No trained teacher is fit to win: {t.name} is only the most diverse of them, and noise-like "
+                    f"({found})."
+                )
+            else:
+                remarks.append(
+                    f"{t.name} is noise-like and cannot win: {found}. Its training failed, or its weights did not "
+                    f"load."
+                )
+        best = self[self.best_name]
+        if best.correspondence is not None and best.noise_like is None:
+            remarks.append(
+                f"It is not certain that {best.name} is not noise-like (correspondence {best.correspondence:.3f}, "
+                f"raw pixels {best.pixels_correspondence:.3f}): use more --correspondence-images."
+            )
         return remarks
 
     def about_the_certificate(self) -> list[str]:
@@ -268,71 +314,26 @@ class Ranking:
             "best": self.best_name,
         }
 
-    def write(self, folder: Path) -> None:
-        """Write ranking.csv and ranking.json; the report of an earlier ranking goes.
 
-        Raises:
-            RunError: the disk is full or not writable.
-        """
-        for name in REPORT_FILES:
-            (folder / name).unlink(missing_ok=True)
-        write_atomic(folder / "ranking.csv", self.table.to_csv(index=False))
-        write_atomic(folder / RANKING, json.dumps(self.to_dict(), indent=2) + "\n")
+def eligible_teachers(
+    specs: Sequence[TeacherSpec],
+    zero_tokens: Sequence[float],
+    noise_like: Sequence[bool | None],
+    allow_baselines: bool,
+) -> list[int]:
+    """Indices of the teachers that may win.
 
-
-def load_ranking(path: str | os.PathLike[str]) -> Ranking:
-    """Read a RUN folder or its ranking.json.
-
-    Raises:
-        UsageError: it is not there, unfinished, damaged, or of another schema.
+    Baselines are among them only if they are allowed, or if there is nothing else; trained teachers only if their
+    tokens are not zero (HOG's are, where an image is flat) and not noise. If all trained ones are noise-like, they
+    may win nevertheless, so that the most diverse of them is named.
     """
-    file = Path(path)
-    file = file / RANKING if file.is_dir() else file
-    if not file.is_file():
-        raise UsageError(f"'{file}': {_why_missing(file.parent)}")
-    try:
-        content = read_json(file)
-        if content["schema_version"] != SCHEMA_VERSION:
-            raise UsageError(
-                f"'{file}' has schema version {content['schema_version']}, expected {SCHEMA_VERSION}: use the "
-                f"tokdiv that wrote it, or rank again"
-            )
-        names = {field.name for field in dataclasses.fields(Settings)} & content["settings"].keys()
-        ranking = Ranking(
-            content["data"],
-            Settings(**{name: content["settings"][name] for name in names}),
-            Certificate.from_dict(content["certificate"]),
-            [
-                RankedTeacher(**(row | {"spec": LoadedSpec.from_dict(row["spec"])}))
-                for row in content["teachers"]
-            ],
-            content["best"],
-            stored_rates(stored_config(file.parent)),
-        )
-        if ranking.best_name not in [teacher.name for teacher in ranking.teachers]:
-            raise ValueError(f"its best, {ranking.best_name!r}, is none of its teachers")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, UsageError):
-            raise
-        raise UsageError(f"'{file}' is no ranking of tokdiv: {error}") from None
-    return ranking
-
-
-def _why_missing(folder: Path) -> str:
-    if (folder / "checkpoints").is_dir():
-        return (
-            f"this is a run of img2vec pretrain, no ranking; img2vec.report.write_report({str(folder)!r}) writes "
-            f"its page again"
-        )
-    if (folder / CONFIG).is_file():
-        return "this run is not finished: repeat its `tokdiv rank` command"
-    return "no such ranking"
-
-
-def eligible_teachers(specs: Sequence[TeacherSpec], allow_baselines: bool) -> list[int]:
-    """Indices of the teachers that may win: baselines only if they are allowed, or if there is nothing else."""
-    trained = [n for n, spec in enumerate(specs) if not spec.baseline]
-    return list(range(len(specs))) if allow_baselines or not trained else trained
+    everyone = range(len(specs))
+    trained = [n for n in everyone if not specs[n].baseline]
+    alive = [n for n in trained if zero_tokens[n] <= MAX_ZERO_TOKENS]
+    clean = [n for n in alive if noise_like[n] is not True]
+    if allow_baselines or not trained:
+        return [n for n in everyone if specs[n].baseline or n in clean]
+    return clean or alive
 
 
 def make_ranking(
@@ -343,8 +344,12 @@ def make_ranking(
     settings: Settings,
     dtypes: dict[str, str],
     rates: dict[str, float],
+    found: Mapping[str, Correspondence],
 ) -> Ranking:
     """Put the teachers in order, with the intervals of their means.
+
+    Args:
+        found: by label, what the correspondence phase found; empty where it was left out.
 
     Raises:
         RunError: not one image could be used.
@@ -380,9 +385,14 @@ def make_ranking(
                 dtype=dtypes[spec.name],
                 centred_similarity=_mean(table.column(n, num_seen, "centred")),
                 similarity_7x7=_mean(table.column(n, num_seen, "pooled")),
+                zero_tokens=_mean(table.column(n, num_seen, "zeros")) or 0.0,
+                **_of_correspondence(found.get(spec.name)),
             )
         )
-    eligible = eligible_teachers(specs, settings.allow_baselines)
+    zero_tokens = {teacher.name: teacher.zero_tokens for teacher in teachers}
+    shares = [zero_tokens[spec.name] for spec in specs]
+    noise_like = [found[s.name].noise_like if s.name in found else None for s in specs]
+    eligible = eligible_teachers(specs, shares, noise_like, settings.allow_baselines)
     data = {"source": source.name, "count": source.count, "fingerprint": source.fingerprint}
     return Ranking(
         data=data | {"images": num_seen, "unusable": num_unusable},
@@ -392,6 +402,22 @@ def make_ranking(
         best_name=specs[next(n for n in certificate.order if n in eligible)].name,
         rates=rates,
     )
+
+
+def _of_correspondence(found: Correspondence | None) -> dict[str, Any]:
+    """The fields of RankedTeacher that the correspondence phase fills in."""
+    if found is None:
+        return {}
+    values = {
+        "correspondence": found.correspondence,
+        "correspondence_low": found.low,
+        "correspondence_high": found.high,
+        "pixels_correspondence": found.pixels,
+        "noise_like": found.noise_like,
+        "outlier_tokens": found.outlier_tokens,
+        "local_minus_distant": found.local_minus_distant,
+    }
+    return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in values.items()}
 
 
 def _mean(values: np.ndarray) -> float | None:

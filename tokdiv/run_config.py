@@ -5,36 +5,31 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tokdiv.config import Settings
 from tokdiv.data.source import Source
 from tokdiv.errors import UsageError
-from tokdiv.run_dir import CONFIG, read_json, versions, write_atomic
+from tokdiv.run_dir import CONFIG, read_json, write_atomic
 from tokdiv.teachers.spec import TeacherSpec
+from tokdiv.versions import versions
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 1  # of config.json
 # Settings that change the scores or what is concluded from them. More images may always be measured.
 BINDING = ("seed", "image_size", "dtype", "confidence", "certify", "tie", "allow_baselines")
 
 
-def write_config(
-    folder: Path,
-    source: Source,
-    settings: Settings,
-    specs: Sequence[TeacherSpec],
-    rates: dict[str, float],
-) -> None:
-    """Write RUN/config.json.
+def run_config(
+    source: Source, settings: Settings, specs: Sequence[TeacherSpec], rates: dict[str, float]
+) -> dict[str, Any]:
+    """The content of config.json.
 
     Args:
         rates: images per second of each teacher, where it was measured.
-
-    Raises:
-        RunError: the disk is full or not writable.
     """
-    content = {
+    return {
         "schema_version": SCHEMA_VERSION,
         "command": sys.argv,
         "world": int(os.environ.get("WORLD_SIZE", 1)),  # number of processes, as torchrun sets it
@@ -44,76 +39,84 @@ def write_config(
         "versions": versions(),
         "images_per_second": rates,
     }
-    write_atomic(folder / CONFIG, json.dumps(content, indent=2) + "\n")
 
 
-def stored_config(folder: Path) -> dict[str, Any]:
-    """RUN/config.json; empty where there is none that can be read."""
-    try:
-        return read_json(folder / CONFIG)
-    except (OSError, ValueError):
-        return {}
+def write_config(run: Path, config: dict[str, Any]) -> None:
+    """Write RUN/config.json; RunError if the disk is full or not writable."""
+    write_atomic(run / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
-def stored_rates(config: dict[str, Any]) -> dict[str, float]:
-    """Images per second of each teacher when it was last measured, by its config.json."""
-    try:
-        return {str(name): float(rate) for name, rate in config["images_per_second"].items()}
-    except (KeyError, ValueError, TypeError, AttributeError):
-        return {}
+def identity(config: dict[str, Any]) -> dict[str, Any]:
+    """What the scores of a run, and the conclusions from them, depend on.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: the config is not that of a ranking.
+    """
+    if config["schema_version"] != SCHEMA_VERSION:
+        raise ValueError("another schema")
+    specs = [TeacherSpec.from_dict(fields) for fields in config["teachers"]]
+    return {
+        "data": config["data"]["fingerprint"],
+        **{key: config["settings"][key] for key in BINDING},
+        "teachers": {spec.name: spec.identity() for spec in specs},
+    }
 
 
-def stored_batch_size(config: dict[str, Any]) -> int | None:
-    """The batch size that a run was measured with, by its config.json."""
-    settings = config.get("settings")
-    size = settings.get("batch_size") if isinstance(settings, dict) else None
-    return size if isinstance(size, int) else None
-
-
-def check_same_run(
-    out: str | os.PathLike[str],
-    config: dict[str, Any],
-    source: Source,
-    settings: Settings,
-    specs: Sequence[TeacherSpec],
-) -> None:
+def check_same_run(out: str | os.PathLike[str], new: dict[str, Any], old: dict[str, Any]) -> None:
     """Check that a run may be resumed: the same data, settings and weights. Teachers may join.
+
+    Args:
+        out: the run's folder. new, old: what is to be measured now, and its config.json.
 
     Raises:
         UsageError: it names the first difference, or config.json is damaged.
     """
+    now = identity(new)
     try:
-        if config["schema_version"] != SCHEMA_VERSION:
-            raise KeyError("schema_version")
-        data = {key: config["data"][key] for key in ("source", "count", "fingerprint")}
-        before = {key: config["settings"][key] for key in (*BINDING, "max_images")}
-        teachers = [TeacherSpec.from_dict(fields) for fields in config["teachers"]]
-    except (UsageError, KeyError, ValueError, TypeError, AttributeError):
+        before = identity(old)
+        limits = [config["settings"]["max_images"] for config in (old, new)]
+        sources = [f"'{c['data']['source']}' of {c['data']['count']} images" for c in (old, new)]
+    except (KeyError, TypeError, ValueError, AttributeError):
         raise UsageError(
             f"-o {out}: its config.json is not that of a ranking, or damaged; give another folder, or start "
             f"anew with --no-resume"
         ) from None
-
-    def refuse(what: str, before: Any, now: Any) -> UsageError:
-        return UsageError(
-            f"-o {out} holds a run with {what} {before}, now {now}: repeat it as it was, give another folder, or "
+    differences: list[tuple[str, Any, Any]] = [
+        (key, before[key], now[key]) for key in BINDING if before[key] != now[key]
+    ]
+    if before["data"] != now["data"]:
+        differences.insert(0, ("other data:", sources[0], sources[1]))
+    if limits[1] is not None and (limits[0] is None or limits[1] < limits[0]):
+        differences.append(("max_images", limits[0] or "all", limits[1]))
+    for name, teacher in before["teachers"].items():
+        if name not in now["teachers"]:
+            differences.append(("the teacher", name, "without it"))
+            continue
+        other = now["teachers"][name]
+        keys = [key for key in teacher if teacher[key] != other[key]]
+        differences += [(f"{name}: {key}", teacher[key], other[key]) for key in keys]
+    if differences:
+        what, was, is_now = differences[0]
+        raise UsageError(
+            f"-o {out} holds a run with {what} {was}, now {is_now}: repeat it as it was, give another folder, or "
             f"start anew with --no-resume"
         )
 
-    if data["fingerprint"] != source.fingerprint:
-        old = f"'{data['source']}' of {data['count']} images"
-        raise refuse("other data:", old, f"'{source.name}' of {source.count} images")
-    for key in BINDING:
-        if before[key] != getattr(settings, key):
-            raise refuse(key, before[key], getattr(settings, key))
-    old_max, new_max = before["max_images"], settings.max_images
-    if new_max is not None and (old_max is None or new_max < old_max):
-        raise refuse("max_images", old_max or "all", new_max)
-    identities = {spec.name: spec.identity() for spec in specs}
-    for spec in teachers:
-        if spec.name not in identities:
-            raise refuse("the teacher", spec.name, "without it")
-        old_identity, new = spec.identity(), identities[spec.name]
-        for key in [*old_identity, *new]:
-            if old_identity.get(key) != new.get(key):
-                raise refuse(f"{spec.name}: {key}", old_identity.get(key), new.get(key))
+
+@dataclass(frozen=True)
+class Previous:
+    """What a run leaves to the next one in its folder: the batch size, and images per second of each teacher."""
+
+    batch_size: int | None
+    rates: dict[str, float]
+
+
+def read_previous(run: Path) -> Previous:
+    """From RUN/config.json; nothing where that is missing or damaged."""
+    try:
+        config = read_json(run / CONFIG)
+        size = config["settings"].get("batch_size")
+        rates = {str(k): float(v) for k, v in config["images_per_second"].items()}
+        return Previous(size if type(size) is int and size > 0 else None, rates)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return Previous(None, {})

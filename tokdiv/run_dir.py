@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import platform
 import re
 import secrets
 import shutil
@@ -14,7 +13,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tokdiv import __version__
 from tokdiv.errors import RunError, UsageError, first_line
 
 log = logging.getLogger(__name__)
@@ -184,23 +182,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError("no JSON object")
     return content
-
-
-def versions() -> dict[str, str]:
-    """Of this package and of those that its numbers depend on."""
-    import numpy
-    import timm
-    import torch
-    import torchvision
-
-    return {
-        "tokdiv": __version__,
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),  # a subclass of str, which no checkpoint may hold
-        "torchvision": torchvision.__version__,
-        "timm": timm.__version__,
-        "numpy": numpy.__version__,
-    }
 
 
 def digest(content: Any) -> str:

@@ -1,32 +1,29 @@
 """The score array: one row per image in the order measured, one column per teacher; all results come from it.
 
-The first process holds it. It is stored in RUN/state while it grows: `scores-00000.parquet`, ... of CHUNK rows
-each, of which only those that changed are written again, and `progress.safetensors`, which says how far the run
-has come and is written last. Every file is replaced atomically, so a run killed at any moment leaves files of one
-moment or of two; rows beyond the stored progress do not count. At the end RUN/scores.parquet and RUN/skipped.csv
-are written, whose columns are those of the chunks (`_schema`).
+The first process holds it in memory; `tokdiv.state` stores it while it grows. At the end it becomes
+RUN/scores.parquet and RUN/skipped.csv.
 """
 
 import csv
 import io
-import json
+import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import safetensors
-import safetensors.numpy
 from numpy.typing import NDArray
 
 from tokdiv.errors import UsageError, first_line
 from tokdiv.run_dir import write_atomic
 
+log = logging.getLogger(__name__)
+
 CHUNK = 16_384  # rows of one file: 2 MB with 10 teachers
-MEASURES = ("similarity", "centred", "pooled")  # per image and teacher, in this order
+MEASURES = ("similarity", "centred", "pooled", "zeros")  # per image and teacher, in this order
 SCORES, SKIPPED = "scores.parquet", "skipped.csv"
 Scores = NDArray[np.float32]
 
@@ -44,6 +41,9 @@ def _schema(teachers: Sequence[str], measures: Sequence[str]) -> pa.Schema:
 
 def check_labels(teachers: Sequence[str]) -> None:
     """Raise UsageError if two columns of a parquet file would have one name."""
+    for teacher in teachers:
+        if teacher != teacher.encode(errors="replace").decode():
+            raise UsageError(f"the label {teacher!r} is no Unicode text; write LABEL=SPEC")
     names = _schema(teachers, MEASURES).names
     for teacher in teachers:
         if names.count(teacher) > 1:
@@ -83,14 +83,10 @@ class ScoreTable:
         teachers: names, in the order of the columns.
         key_of: the key of the image at a position; None where the source is a stream, whose keys are
             recorded as they come.
-        run: the folder RUN in which `save` stores it; None keeps it in memory.
     """
 
-    def __init__(
-        self, teachers: list[str], key_of: Callable[[int], str] | None, run: Path | None = None
-    ) -> None:
+    def __init__(self, teachers: list[str], key_of: Callable[[int], str] | None) -> None:
         self.teachers = teachers
-        self.state = run / "state" if run else None
         self.progress = Progress(
             dict.fromkeys(teachers, 0), num_averaged=dict.fromkeys(teachers, 0)
         )
@@ -195,14 +191,40 @@ class ScoreTable:
     def finish(self, reason: str, stop: int) -> None:
         """End the run after `stop` images: later ones are forgotten."""
         self.progress.finished = reason
-        for column, name in enumerate(self.teachers):
-            self.progress.measured[name] = min(self.progress.measured[name], stop)
-            self._clear(column, stop)
-        self.reasons = {p: reason for p, reason in self.reasons.items() if p < stop}
+        self._forget(stop)
+
+    def go_back(self, stop: int) -> None:
+        """Forget every image from `stop` on; they are measured again when the run is resumed."""
+        progress = self.progress
+        progress.dropped = {name: at for name, at in progress.dropped.items() if at <= stop}
+        self._forget(stop)
+
+    def resume(self, stored: Progress, end: int) -> None:
+        """Go on from a stored progress whose scores were entered.
+
+        Args:
+            end: the scores of the positions before it are there.
+        """
+        if end - self.unusable(end) < max(stored.num_averaged.values(), default=0):
+            self.reasons.clear()
+            return
+        names, progress = set(self.teachers), self.progress
+        progress.measured |= {k: min(v, end) for k, v in stored.measured.items() if k in names}
+        progress.num_averaged |= {k: v for k, v in stored.num_averaged.items() if k in names}
+        progress.token_sums = {k: v for k, v in stored.token_sums.items() if k in names}
+        progress.dropped = {k: v for k, v in stored.dropped.items() if k in names and v <= end}
+        progress.finished = stored.finished if end == stored.num_seen else None
+        self.reasons = {p: r for p, r in self.reasons.items() if p < end}
 
     def reopen(self) -> None:
         """Let a run that had finished go on: more images are allowed, or a teacher joined."""
         self.progress.finished = None
+
+    def _forget(self, stop: int) -> None:
+        for column, name in enumerate(self.teachers):
+            self.progress.measured[name] = min(self.progress.measured[name], stop)
+            self._clear(column, stop)
+        self.reasons = {p: reason for p, reason in self.reasons.items() if p < stop}
 
     def _clear(self, column: int, start: int) -> None:
         for number, chunk in enumerate(self._chunks):
@@ -215,94 +237,13 @@ class ScoreTable:
         """How many of the first `stop` images cannot be used."""
         return sum(position < stop for position in self.reasons)
 
-    def save(self) -> None:
-        """Store what changed; the progress goes last, once everything that it counts is on the disk.
+    def pop_changed(self) -> set[int]:
+        """Numbers of the chunks that changed since this was last asked."""
+        changed, self._changed = self._changed, set()
+        return changed
 
-        Raises:
-            RunError: the disk is full or not writable. What was stored before stays intact.
-        """
-        if self.state is None:
-            return
-        self.state.mkdir(exist_ok=True)
-        for number in sorted(self._changed):
-            write_atomic(self.state / f"scores-{number:05d}.parquet", self._chunk_bytes(number))
-        self._changed.clear()
-        fields = asdict(self.progress)
-        sums = {name: np.ascontiguousarray(s) for name, s in fields.pop("token_sums").items()}
-        data = safetensors.numpy.save(sums, metadata={"progress": json.dumps(fields)})
-        write_atomic(self.state / "progress.safetensors", data)
-
-    def load(self) -> None:
-        """Read what `save` stored, for those of its teachers that are among this table's.
-
-        A damaged chunk (a power cut on a disk that ignores fsync) ends the measured stretch before it, and one
-        with too few rows ends it there: what is missing is measured again. So are all images if a mean token
-        was made of some that are missing, as a sum cannot be taken apart.
-        """
-        stored = self._load_progress()
-        if stored is None:
-            return
-        end = stored.num_seen
-        for number in range(-(-stored.num_seen // CHUNK)):
-            start = number * CHUNK
-            num_rows = self._load_chunk(number)
-            if start + num_rows < min(start + CHUNK, stored.num_seen):
-                end = start + num_rows
-                break
-        if end - self.unusable(end) < max(stored.num_averaged.values(), default=0):
-            self.reasons.clear()
-            return
-        progress, names = self.progress, set(self.teachers)
-        progress.measured |= {k: min(v, end) for k, v in stored.measured.items() if k in names}
-        progress.num_averaged |= {k: v for k, v in stored.num_averaged.items() if k in names}
-        progress.token_sums = {k: v for k, v in stored.token_sums.items() if k in names}
-        progress.dropped = {k: v for k, v in stored.dropped.items() if k in names and v <= end}
-        progress.finished = stored.finished if end == stored.num_seen else None
-        self.reasons = {p: r for p, r in self.reasons.items() if p < end}
-
-    def _load_progress(self) -> Progress | None:
-        """The stored progress; None where there is none that can be read."""
-        assert self.state is not None, "a table in memory has nothing to load"
-        try:
-            path = self.state / "progress.safetensors"
-            with safetensors.safe_open(path, framework="numpy") as file:
-                sums = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                return Progress(**json.loads(file.metadata()["progress"]), token_sums=sums)
-        except (safetensors.SafetensorError, OSError, KeyError, ValueError, TypeError):
-            return None
-
-    def _load_chunk(self, number: int) -> int:
-        """Read a stored chunk; returns its number of rows, 0 where it is damaged."""
-        assert self.state is not None
-        try:
-            path = self.state / f"scores-{number:05d}.parquet"
-            stored = pq.read_table(path, page_checksum_verification=True)
-        except (OSError, pa.ArrowException):
-            return 0
-        columns = [n for n, name in enumerate(self.teachers) if name in stored.column_names]
-        scores = np.full((len(stored), len(columns), len(MEASURES)), np.nan, np.float32)
-        for place, column in enumerate(columns):
-            for index, measure in enumerate(MEASURES):
-                values = stored.column(column_name(self.teachers[column], measure))
-                scores[:, place, index] = values.to_numpy(zero_copy_only=False)
-        positions = stored.column("position").to_numpy()
-        keys, reasons = (stored.column(name).to_pylist() for name in ("key", "reason"))
-        self.record(positions, keys, reasons, columns, scores)
-        self._changed.discard(number)
-        return len(stored)
-
-    def _chunk_bytes(self, number: int) -> bytes:
-        start = number * CHUNK
-        stop = max(
-            start, min(start + CHUNK, self.num_seen)
-        )  # a run may end before what it measured
-        buffer = io.BytesIO()
-        rows = self._arrow(start, stop, self.teachers, MEASURES)
-        pq.write_table(rows, buffer, write_page_checksum=True)
-        return buffer.getvalue()
-
-    def _arrow(
-        self, start: int, stop: int, teachers: Sequence[str], measures: Sequence[str]
+    def to_arrow(
+        self, start: int, stop: int, teachers: Sequence[str], measures: Sequence[str] = MEASURES
     ) -> pa.Table:
         """The positions [start, stop) within one chunk, unusable images included."""
         positions = range(start, stop)
@@ -316,6 +257,18 @@ class ScoreTable:
             for index in map(MEASURES.index, measures):
                 arrays.append(pa.array(chunk[:, column, index], from_pandas=True))
         return pa.table(arrays, schema=_schema(teachers, measures))
+
+    def take_arrow(self, stored: pa.Table) -> None:
+        """Enter what `to_arrow` gave, for those of its teachers that are among this table's."""
+        columns = [n for n, name in enumerate(self.teachers) if name in stored.column_names]
+        scores = np.full((len(stored), len(columns), len(MEASURES)), np.nan, np.float32)
+        for place, column in enumerate(columns):
+            for index, measure in enumerate(MEASURES):
+                values = stored.column(column_name(self.teachers[column], measure))
+                scores[:, place, index] = values.to_numpy(zero_copy_only=False)
+        positions = stored.column("position").to_numpy()
+        keys, reasons = (stored.column(name).to_pylist() for name in ("key", "reason"))
+        self.record(positions, keys, reasons, columns, scores)
 
     def write_results(self, folder: Path, teachers: Sequence[str]) -> None:
         """Write RUN/scores.parquet (a row per usable image) and RUN/skipped.csv.
@@ -333,7 +286,7 @@ class ScoreTable:
             with pq.ParquetWriter(file, schema) as writer:
                 for start in range(0, self.num_seen, CHUNK):  # so that memory stays small
                     stop = min(start + CHUNK, self.num_seen)
-                    rows = self._arrow(start, stop, teachers, MEASURES[:1])
+                    rows = self.to_arrow(start, stop, teachers, MEASURES[:1])
                     usable = rows.filter(pc.is_null(rows.column("reason")))
                     writer.write_table(usable.select(schema.names))
 
@@ -343,11 +296,11 @@ class ScoreTable:
 
 def write_skipped(folder: Path, skipped: Iterable[tuple[str, str]]) -> None:
     """Write skipped.csv: the keys of images that could not be used, and why."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["key", "reason"])
-    writer.writerows(skipped)
+    text, rows = io.StringIO(), list(skipped)
+    csv.writer(text, lineterminator="\n").writerows([("key", "reason"), *rows])
     write_atomic(folder / SKIPPED, text.getvalue())
+    if rows:
+        log.warning("unusable images skipped: %s (see %s)", f"{len(rows):,}", folder / SKIPPED)
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,23 @@ def _is_valid(value: Any, hint: Any, limits: Mapping[str, Any]) -> bool:
     return all(_within(number, limits) for number in numbers)
 
 
+def check_types(record: Any) -> None:
+    """Check that the fields of a dataclass that was read from JSON are of their types.
+
+    Fields of other types than numbers, texts and truth values are not looked at.
+
+    Raises:
+        ValueError: it names the field and the value.
+    """
+    simple = (int, float, str, bool)
+    for name, hint in typing.get_type_hints(type(record)).items():
+        hint = str if isinstance(hint, typing.TypeVar) else hint
+        is_simple = all(k in simple or typing.get_origin(k) is Literal for k in _kinds(hint))
+        value = getattr(record, name)
+        if is_simple and not _is_valid(value, hint, {}):
+            raise ValueError(f"{name} = {value!r}: expected {expected(hint)}")
+
+
 def _within(value: float, limits: Mapping[str, Any]) -> bool:
     return (
         math.isfinite(value)

@@ -60,6 +60,18 @@ def _unit(tokens: Tensor) -> tuple[Tensor, Tensor]:
     return unit / torch.where(nonzero, unit.square().sum(dim=2, keepdim=True).sqrt(), 1.0), nonzero
 
 
+def zero_share(tokens: Tensor) -> Tensor:
+    """Share of the tokens of each image that are zero in all channels, whose cosines are undefined.
+
+    Args:
+        tokens: (B, K, C).
+
+    Returns:
+        (B,) float32 in [0, 1].
+    """
+    return (tokens.abs().amax(dim=2) == 0).float().mean(dim=1)
+
+
 def pooled_similarity(tokens: Tensor, grid: tuple[int, int], side: int = 7) -> Tensor | None:
     """Token similarity after average pooling to a common `side` x `side` grid.
 
@@ -100,3 +112,52 @@ def cosine_map(tokens: Tensor, query: int) -> Tensor:
     """
     unit, _ = _unit(tokens.float())
     return (unit * unit[:, query : query + 1]).sum(dim=2).clamp(-1, 1)
+
+
+OUTLIER = 4.0  # a norm over this many times the median norm of the image
+NEAR, DISTANT = 0.25, 0.5  # of the view's side
+MAX_PAIRED = 1024  # tokens whose cosines are taken to each other; of more, an even sample
+
+
+def outlier_share(tokens: Tensor) -> Tensor:
+    """Share of outlier tokens: those whose norm is over 4 times the median norm of their image.
+
+    Some ViTs without registers keep global information in a few such tokens (Darcet et al., arXiv 2309.16588).
+
+    Args:
+        tokens: (B, K, C) floating point.
+
+    Returns:
+        (B,) float32 in [0, 0.5].
+    """
+    norms = tokens.float().norm(dim=2)
+    return (norms > OUTLIER * norms.median(dim=1, keepdim=True).values).float().mean(dim=1)
+
+
+def local_minus_distant(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """How much more alike near tokens are than distant ones, the LDS of iREPA (arXiv 2512.10794).
+
+    The mean cosine of tokens at most a quarter of the view's side apart minus that of tokens at least half of it
+    apart.
+
+    Args:
+        tokens: (B, K, C), row-major over the grid.
+        grid: rows and columns.
+
+    Returns:
+        (B,) float32 in [-2, 2]; NaN where the grid has no such pairs.
+    """
+    rows, columns = ((torch.arange(n, dtype=torch.float64) + 0.5) / n for n in grid)
+    centers = torch.cartesian_prod(rows, columns)
+    if len(centers) > MAX_PAIRED:
+        kept = torch.linspace(0, len(centers) - 1, MAX_PAIRED).round().long()
+        centers, tokens = centers[kept], tokens[:, kept.to(tokens.device)]
+    distance = torch.cdist(centers, centers)
+    near = ((distance <= NEAR) & (distance > 0)).float()
+    distant = (distance >= DISTANT).float()
+    weights = (near / near.sum() - distant / distant.sum()).to(tokens.device)
+    found = []
+    for image in tokens.split(1):  # K x K cosines of one image at a time
+        unit, _ = _unit(image.float())
+        found.append((unit[0] @ unit[0].T * weights).sum())
+    return torch.stack(found) if found else torch.zeros(0, device=tokens.device)

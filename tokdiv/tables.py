@@ -8,7 +8,7 @@ from tokdiv.teachers.cache import is_cached
 from tokdiv.teachers.zoo import COUNTS, GROUPS, ZOO
 
 if TYPE_CHECKING:
-    from tokdiv.ranking import Ranking
+    from tokdiv.ranking import RankedTeacher, Ranking
 
 
 def zoo_json() -> list[dict[str, Any]]:
@@ -44,24 +44,25 @@ def zoo_table() -> str:
 
 def ranking_table(ranking: "Ranking") -> str:
     """A ranking, best first; images/s is the speed of that teacher alone on this machine."""
-    heads = "RANK TEACHER DIVERSITY SIMILARITY INTERVAL CENTRED 7x7 IMAGES IMAGES/S"
+    heads = "RANK TEACHER DIVERSITY SIMILARITY INTERVAL CENTRED 7x7 CORRESP. IMAGES IMAGES/S"
     rows = [tuple(heads.split())]
     for teacher in ranking.teachers:
         rate = ranking.rates.get(teacher.name)
         rows.append(
             (
                 str(teacher.rank),
-                teacher.name + (" (baseline)" if teacher.baseline else ""),
+                teacher.name + _mark(teacher),
                 f"{teacher.diversity:.4f}",
                 f"{teacher.mean_similarity:.4f}",
                 f"{teacher.ci_low:.4f}..{teacher.ci_high:.4f}",
                 _number(teacher.centred_similarity),
                 _number(teacher.similarity_7x7),
+                _number(teacher.correspondence),
                 f"{teacher.images:,}",
                 f"{rate:,.1f}" if rate else "-",
             )
         )
-    return _aligned(rows, right=(0, 2, 3, 4, 5, 6, 7, 8))
+    return _aligned(rows, right=(0, 2, 3, 4, 5, 6, 7, 8, 9))
 
 
 def ranking_text(ranking: "Ranking", out: Path) -> str:
@@ -73,6 +74,12 @@ def ranking_text(ranking: "Ranking", out: Path) -> str:
         lines.append(f"Report: {out / 'report.html'}")
     lines.append(f"Best teacher: {best.name} (diversity {best.diversity:.4f})")
     return "\n".join(lines)
+
+
+def _mark(teacher: "RankedTeacher") -> str:
+    if teacher.baseline:
+        return " (baseline)"
+    return " (noise-like)" if teacher.noise_like else ""
 
 
 def _number(value: float | None) -> str:

@@ -19,7 +19,8 @@ from img2vec.evaluate.segmentation_figures import class_colors, loss_figure, pre
 from tokdiv.errors import first_line
 from tokdiv.figures.style import save_figure
 from tokdiv.report.page import MAX_SKIPPED, NARROW, inline_figure, render, repeat_command
-from tokdiv.run_dir import versions, write_atomic
+from tokdiv.run_dir import write_atomic
+from tokdiv.versions import versions
 
 log = logging.getLogger(__name__)
 

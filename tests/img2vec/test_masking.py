@@ -83,7 +83,7 @@ def test_a_mask_on_a_finer_grid_repeats_each_unit():
         ((230, 16, 32, 0.6, (7, 7)), "230 is not a multiple of the student's patch of 16 px"),
         ((240, 16, 32, 0.6, (7, 7)), "240 is not a multiple of --mask-unit of 32 px"),
         ((224, 16, 56, 0.6, (7, 7)), "--mask-unit 56 is not a multiple of the student's patch"),
-        ((224, 16, 32, 0.001, (7, 7)), "leaves none hidden"),
+        ((224, 16, 32, 0.001, (7, 7)), "leaves none masked"),
         ((224, 16, 32, 0.999, (7, 7)), "leaves none visible"),
         ((224, 16, 16, 0.6, (7, 7)), "--mask-unit 16 is finer than a token of res.*--mask-unit 32"),
         ((224, 16, 32, 0.6, (10, 10)), "10 x 10 tokens cannot be aligned"),

@@ -273,9 +273,8 @@ def test_a_student_that_is_no_plain_vit_is_refused(name, arguments, expected):
 
 
 def test_an_image_size_that_cuts_patches_is_refused():
-    config = make_config(options=SMALL | {"image_size": 70})
     with pytest.raises(UsageError, match="70 is not a multiple of the student's patch of 16 px"):
-        make_student(config)
+        make_model(image_size=70)
 
 
 def test_blocks_are_all_the_last_or_numbers():

@@ -18,7 +18,8 @@ from small import SMALL, make_teacher
 
 import img2vec
 import img2vec.step as step
-from img2vec.checkpoint import load_last, student_from_checkpoint, write_checkpoint
+from img2vec.checkpoint import write_checkpoint
+from img2vec.resume import load_last, student_from_checkpoint
 from tokdiv.errors import Interrupted, RunError, UsageError
 
 
@@ -385,7 +386,7 @@ def test_a_teacher_of_another_size_sees_the_same_view_resized(photos, tmp_path, 
 def test_a_ranking_means_its_winner_with_a_remark_where_it_is_not_certified(
     photos, tmp_path, caplog, monkeypatch
 ):
-    import tokdiv.ranking
+    import tokdiv.hand_over
     from tokdiv import parse_specs
 
     @dataclasses.dataclass
@@ -399,7 +400,9 @@ def test_a_ranking_means_its_winner_with_a_remark_where_it_is_not_certified(
             return ["hog and pixels are tied"]
 
     asked = []
-    monkeypatch.setattr(tokdiv.ranking, "load_ranking", lambda path: asked.append(path) or Found())
+    monkeypatch.setattr(
+        tokdiv.hand_over, "load_ranking", lambda path: asked.append(path) or Found()
+    )
     ranked = tmp_path / "ranked"
     ranked.mkdir()
     (ranked / "ranking.json").write_text("{}")
@@ -463,7 +466,7 @@ def test_a_folder_with_other_files_is_refused(photos, tmp_path):
         ({"image_size": 72}, "--image-size 72 is not a multiple"),
         ({"image_size": 80, "mask_unit": 32}, "80 is not a multiple of --mask-unit"),
         ({"student": "resnet18"}, "plain VisionTransformer"),
-        ({"mask_ratio": 0.01}, "leaves none hidden"),
+        ({"mask_ratio": 0.01}, "leaves none masked"),
         ({"mask_ratio": 1.5}, "--mask-ratio 1.5: expected a number, above 0, below 1"),
         ({"blocks": "7"}, "--blocks '7'"),
         ({"epochs": 0}, "--epochs 0: expected a whole number, 1 or more"),

@@ -14,7 +14,7 @@ import torch
 import yaml
 from small import SMALL
 
-from img2vec.checkpoint import load_last
+from img2vec.resume import load_last
 
 ROOT = Path(__file__).parents[2]
 

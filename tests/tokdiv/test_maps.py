@@ -34,9 +34,10 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     given: dict[str, Any] = {}
     figure = tokdiv.maps.maps_figure
 
-    def record(views: Any, names: Any, maps: Any, rectangles: Any, scores: Any, **more: Any) -> Any:
-        given.update(maps=maps, rectangles=rectangles, scores=scores, names=names, **more)
-        return figure(views, names, maps, rectangles, scores, **more)
+    def record(*arguments: Any) -> Any:
+        names = ("views", "names", "maps", "rectangles", "tokens", "scores")
+        given.update(zip(names, arguments, strict=True))
+        return figure(*arguments)
 
     monkeypatch.setattr(tokdiv.maps, "maps_figure", record)
     return given

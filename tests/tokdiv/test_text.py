@@ -63,16 +63,16 @@ def test_bytes_of_names_that_are_no_utf8_and_overrides_can_be_read() -> None:
 def svgs(name: str, folder: Path) -> list[Path]:
     """An SVG of each kind of figure with a teacher of this name."""
     ones = [0.5, 0.6]
-    curve = ([0, 1], ones, ones, ones)
+    curve = (ones, ones, ones)
     names = pd.Series([name, "b"], dtype=object)  # pandas takes no surrogates as text
     table = pd.DataFrame({"name": names, "diversity": ones, "accuracy": ones})
     view = np.zeros((8, 8, 3), np.uint8)
     figures = [
         similarity_figure([name, "b"], np.full((9, 2), 0.5), ones, ones, [True, False], best=name),
-        evidence_figure([64], [[1.0]], [f"{name} < b"], 20),
+        evidence_figure([64], [[1.0]], [f"{name} < b"], [False], 20, {}),
         depth_figure({name: curve, "b": curve}),
         diversity_accuracy_figure(table),
-        maps_figure([view], [name], [[np.eye(2)]], [(0, 0, 1, 1)], [[0.5]]),
+        maps_figure([view], [name], [[np.eye(2)]], [(0, 0, 1, 1)], [[(0, 0)]], [[0.5]]),
     ]
     return [save_figure(figure, folder / f"{n}.svg") for n, figure in enumerate(figures)]
 
@@ -89,7 +89,7 @@ def test_figures_with_hostile_names_are_valid_and_show_the_name(name: str, tmp_p
 
 def test_a_name_is_never_a_formula(tmp_path: Path) -> None:
     for name in ("$x$", "$\\frac{$", "\\$y\\$", "a$b$c$d$"):
-        figure = depth_figure({name: ([0], [0.5], [0.5], [0.5])})
+        figure = depth_figure({name: ([0.5], [0.5], [0.5])})
         (label,) = [t for t in figure.findobj(Text) if "0.500" in t.get_text()]
         text, is_math = label._preprocess_math(label.get_text())
         assert not is_math and text.startswith(name)

@@ -41,6 +41,8 @@ __all__ = [
     "read_batches",
 ]
 
+UNREAD = "cannot be read"  # how the reason begins where a file could not be read, whatever it holds
+
 # Not the image's fault: it could be read with fewer threads, or with a higher limit.
 _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
@@ -217,7 +219,7 @@ def _io_reason(error: OSError) -> str:
         raise RunError(
             f"cannot open more files ({os.strerror(error.errno)}): use fewer --workers or raise ulimit -n"
         ) from error
-    return f"cannot be read: {os.strerror(error.errno) if error.errno else error}"
+    return f"{UNREAD}: {os.strerror(error.errno) if error.errno else error}"
 
 
 def pack(rows: Tensor, usable: np.ndarray) -> Tensor:

@@ -15,7 +15,7 @@ from tokdiv.figures.style import INK, fit_name, legend_entry, new_figure, styled
 
 @styled
 def depth_figure(
-    curves: Mapping[str, tuple[ArrayLike, ArrayLike, ArrayLike, ArrayLike]],
+    curves: Mapping[str, tuple[ArrayLike, ArrayLike, ArrayLike]],
     *,
     colors: Mapping[str, str] | None = None,
     width: float = 6.5,
@@ -23,8 +23,7 @@ def depth_figure(
     """Draw a curve per teacher; a large marker shows its most diverse block, which the legend names.
 
     Args:
-        curves: name -> (depth, mean, low, high), each (blocks,). Integer depths are zero-based block numbers;
-            floating ones are fractions of the network's depth, in [0, 1]. NaN in low and high draws no band.
+        curves: name -> (mean, low, high), each (blocks,): the similarity of each block, and its interval.
         colors: from `teacher_colors`; by default made from the names.
         width: inches.
 
@@ -35,36 +34,34 @@ def depth_figure(
         raise ValueError("no curve to draw, expected at least one teacher")
     names = list(curves)
     known, markers, dashes = teacher_looks(names, colors)
-    by_block = all(np.asarray(curve[0]).dtype.kind in "iu" for curve in curves.values())
     columns = 2 if width >= 5 else 1
     legend_rows = math.ceil((len(names) + 1) / columns)
     figure = new_figure(width, float(np.clip(0.5 * width, 2.4, 3.6)) + 0.17 * legend_rows)
     axes = figure.add_subplot()
     handles: list[Line2D] = []
     for name, curve in curves.items():
-        depth, mean, low, high = (np.asarray(array, dtype=np.float64) for array in curve)
-        if not len(depth) == len(mean) == len(low) == len(high) > 0:
+        mean, low, high = (np.asarray(array, dtype=np.float64) for array in curve)
+        if not len(mean) == len(low) == len(high) > 0:
             raise ValueError(
-                f"{name}: depth, mean, low and high have {len(depth)}, {len(mean)}, {len(low)} and "
-                f"{len(high)} entries, expected equal lengths of at least 1"
+                f"{name}: mean, low and high have {len(mean)}, {len(low)} and {len(high)} entries, expected "
+                f"equal lengths of at least 1"
             )
+        blocks = np.arange(len(mean))
         color, marker = known[name], markers[name]
-        axes.fill_between(depth, low, high, color=color, alpha=0.18, linewidth=0)
+        axes.fill_between(blocks, low, high, color=color, alpha=0.18, linewidth=0)
         style: dict[str, Any] = {"linestyle": dashes[name], "marker": marker, "ms": 3.5, "mew": 0}
-        axes.plot(depth, mean, color=color, **style)
+        axes.plot(blocks, mean, color=color, **style)
         label = fit_name(name, 32, 1)
         if np.isfinite(mean).any():
             lowest = int(np.nanargmin(mean))
-            axes.plot(depth[lowest], mean[lowest], marker, ms=8, mfc=color, mec=INK)
-            block = f"block {depth[lowest]:.0f}" if by_block else f"{depth[lowest]:.2f}"
-            label += f": {mean[lowest]:.3f} at {block}".replace("-", "\N{MINUS SIGN}")
+            axes.plot(lowest, mean[lowest], marker, ms=8, mfc=color, mec=INK)
+            label += f": {mean[lowest]:.3f} at block {lowest}".replace("-", "\N{MINUS SIGN}")
         handles.append(legend_entry(label, color, **style))
-    axes.set_xlabel("block (zero-based)" if by_block else "depth (fraction of the network)")
+    axes.set_xlabel("block (zero-based)")
     axes.set_ylabel("mean token similarity\n(lower = more diverse)")
-    if by_block:
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if axes.dataLim.width == 0:
-            axes.set_xlim(axes.dataLim.x0 - 1, axes.dataLim.x0 + 1)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if axes.dataLim.width == 0:
+        axes.set_xlim(-1, 1)
     axes.margins(x=0.06, y=0.14)
     axes.grid(axis="y")
     large = {"marker": "o", "ms": 7, "mfc": "#BBB", "mec": INK}

@@ -15,7 +15,6 @@ from tokdiv.figures.style import (
     DASHES,
     INK,
     MARKERS,
-    PALETTE,
     fit_name,
     legend_entry,
     new_figure,
@@ -30,10 +29,10 @@ def evidence_figure(
     images: ArrayLike,
     evidence: ArrayLike,
     labels: Sequence[str],
+    tied: Sequence[bool],
     threshold: float,
+    colors: Mapping[str, str],
     *,
-    tied: Sequence[bool] | None = None,
-    colors: Mapping[str, str] | None = None,
     width: float = 6.5,
     num_named: int = 7,
 ) -> Figure:
@@ -44,10 +43,10 @@ def evidence_figure(
         evidence: (m, P) the pair's evidence after as many images: the value of a test martingale, positive or
             infinite; NaN where the pair was not followed.
         labels: the P pairs, such as 'a < b': both sides of ' < ' are shortened alike.
-        threshold: the evidence at which a pair is decided, 1 / (its share of delta).
         tied: the P pairs, True for one that ended as a tie: it is settled though never decided.
+        threshold: the evidence at which a pair is decided, 1 / (its share of delta).
         colors: from `teacher_colors`: a pair's line takes its first teacher's color, and its marker is filled with
-            the second's; by default each pair gets a color.
+            the second's.
         width: inches.
         num_named: how many pairs are named and colored: open ones first, then ties, then those decided last; the
             rest is gray.
@@ -67,8 +66,7 @@ def evidence_figure(
     reached = values >= threshold
     first = np.where(reached.any(axis=0), reached.argmax(axis=0), len(counts))
     final = [float(np.nanmax(column, initial=0.0)) for column in values.T]
-    ties = np.zeros(len(labels), bool) if tied is None else np.asarray(tied, bool)
-    is_open = (first == len(counts)) & ~ties
+    is_open = (first == len(counts)) & ~np.asarray(tied, bool)
     # The pairs that held up the certificate first: open ones by how little they have, then ties.
     order = sorted(range(len(labels)), key=lambda p: (not is_open[p], -first[p], final[p]))
     # Decided pairs run off to astronomical values: two decades above the threshold are enough.
@@ -101,19 +99,14 @@ def evidence_figure(
     return figure
 
 
-def _look(
-    position: int | None, sides: list[str], colors: Mapping[str, str] | None
-) -> dict[str, Any]:
+def _look(position: int | None, sides: list[str], colors: Mapping[str, str]) -> dict[str, Any]:
     """How the line of a pair and its marker are drawn; None for a pair that is not named."""
     if position is None:
         return {"color": UNNAMED, "linestyle": "-", "lw": 0.7, "zorder": 2, "marker": "o", "ms": 2.5,
                 "mfc": UNNAMED, "mec": UNNAMED, "mew": 0.5}  # fmt: skip
-    color = fill = PALETTE[position % len(PALETTE)]
-    dash = DASHES[position // len(PALETTE) % len(DASHES)]
-    if colors is not None:
-        color, fill = colors.get(sides[0], color), colors.get(sides[-1], color)
-        dash = DASHES[position % len(DASHES)]  # several pairs may begin with one teacher
-    return {"color": color, "linestyle": dash, "lw": 1.4, "zorder": 3,
+    # A name that holds ' < ' splits wrongly, and has no color.
+    color, fill = (colors.get(side, INK) for side in (sides[0], sides[-1]))
+    return {"color": color, "linestyle": DASHES[position % len(DASHES)], "lw": 1.4, "zorder": 3,
             "marker": MARKERS[position % len(MARKERS)], "ms": 5.5,
             "mfc": fill, "mec": color, "mew": 1.2 if fill != color else 0.5}  # fmt: skip
 

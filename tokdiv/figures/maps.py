@@ -28,9 +28,9 @@ def maps_figure(
     names: Sequence[str],
     maps: Sequence[Sequence[NDArray[Any]]],
     queries: Sequence[Box],
+    tokens: Sequence[Sequence[tuple[int, int]]],
     similarities: ArrayLike,
     *,
-    tokens: Sequence[Sequence[tuple[int, int]]] | None = None,
     colors: Mapping[str, str] | None = None,
     lowest: float | None = None,
 ) -> Figure:
@@ -42,9 +42,8 @@ def maps_figure(
         maps: maps[i][t], (h, w): the cosine, in [-1, 1], of each token of image i under teacher t to its query
             token; NaN is drawn gray.
         queries: N rectangles (top, left, bottom, right) in fractions of the view, in [0, 1].
+        tokens: tokens[i][t], (row, column) of the query token in the teacher's own grid.
         similarities: (N, T) token similarity S(x) of each image.
-        tokens: tokens[i][t], (row, column) of the query token in the teacher's own grid; by default the token that
-            holds the rectangle's center.
         colors: from `teacher_colors`; by default made from `names`.
         lowest: the lower end of the scale, for several figures on one scale; by default what the maps need.
 
@@ -79,8 +78,7 @@ def maps_figure(
         _draw_panel(grid[i, 0], view, size, query, "#666666")
         for t, name in enumerate(names):
             cosines = np.ma.masked_invalid(np.asarray(maps[i][t], dtype=np.float64))
-            token = _token_at(query, cosines.shape) if tokens is None else tokens[i][t]
-            box = _box_of(token, cosines.shape)
+            box = _box_of(tokens[i][t], cosines.shape)
             axes = grid[i, t + 1]
             _draw_panel(axes, cosines, size, box, known[name], cmap=color_map, norm=scale)
             similarity = f"S(x) = {values[i, t]:.3f}".replace("-", "\N{MINUS SIGN}")
@@ -94,16 +92,6 @@ def lowest_cosine(maps: Sequence[Sequence[NDArray[Any]]]) -> float:
     """The lower end of a scale for all these maps: at most 0, rounded down to 0.05."""
     finite = [float(np.nanmin(m)) for row in maps for m in row if np.isfinite(m).any()]
     return min(0.0, math.floor(min(finite, default=0.0) * 20) / 20)
-
-
-def _token_at(query: Box, shape: tuple[int, ...]) -> tuple[int, int]:
-    """The token of a grid that holds the center of the query."""
-    rows, columns = shape
-    top, left, bottom, right = query
-    return (
-        min(int((top + bottom) / 2 * rows), rows - 1),
-        min(int((left + right) / 2 * columns), columns - 1),
-    )
 
 
 def _box_of(token: tuple[int, int], shape: tuple[int, ...]) -> Box:

@@ -43,7 +43,7 @@ def similarity_figure(
 
     Args:
         names: the T teachers.
-        scores: (n, T) token similarity of each image, NaN where it was not measured.
+        scores: floating (n, T), token similarity of each image, NaN where it was not measured.
         low, high: (T,) interval of each mean similarity; NaN draws none.
         baselines: (T,) True for a baseline: a hollow marker and '(baseline)'.
         best: the winner's name, marked with a star; None marks none.
@@ -55,8 +55,6 @@ def similarity_figure(
         ValueError: `scores`, `low`, `high` or `baselines` do not match `names`.
     """
     values = np.asarray(scores)
-    if values.dtype.kind != "f":
-        values = values.astype(np.float64)
     low, high = np.asarray(low, dtype=np.float64), np.asarray(high, dtype=np.float64)
     if values.ndim != 2:
         raise ValueError(f"scores have shape {values.shape}, expected (images, teachers)")

@@ -9,13 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from markupsafe import Markup
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from tokdiv.data.source import Source
+from tokdiv.figures.correspondence import correspondence_figure
 from tokdiv.figures.similarity import similarity_figure
 from tokdiv.figures.style import save_figure, teacher_colors
-from tokdiv.ranking import REPORT_FILES, RankedTeacher, Ranking, load_ranking
+from tokdiv.hand_over import REPORT_FILES, load_ranking
+from tokdiv.ranking import RankedTeacher, Ranking
 from tokdiv.report.caveats import caveats
 from tokdiv.report.commands import pretrain_command, rank_command
 from tokdiv.report.evidence import draw_evidence, pair_matrix, trace_evidence
@@ -44,7 +47,7 @@ def write_report(
     teachers: Sequence[Teacher] | None = None,
     device: str = "auto",
 ) -> Path:
-    """Write RUN/report.html, RUN/similarity.png and RUN/similarity.svg.
+    """Write RUN/report.html, RUN/similarity.png, RUN/similarity.svg and RUN/correspondence.png.
 
     Args:
         run: the folder that `tokdiv rank` wrote.
@@ -64,8 +67,11 @@ def write_report(
     scores = read_scores(folder, ranking.names, ranking.num_usable)
     colors = teacher_colors([teacher.name for teacher in ranking.teachers])
     figure = _similarity_figure(ranking, scores.values, colors, width=6.5)
-    for name in REPORT_FILES[1:]:
+    for name in ("similarity.png", "similarity.svg"):
         save_figure(figure, folder / name)
+    measured = [t for t in ranking.teachers if t.correspondence is not None]
+    if measured:
+        save_figure(_correspondence_figure(measured, colors, 5.5), folder / "correspondence.png")
     means = ", ".join(f"{t.name} {t.mean_similarity:.4f}" for t in ranking.teachers)
     evidence = None
     if len(ranking.teachers) > 1:
@@ -91,6 +97,8 @@ def write_report(
             "Further left is more diverse.",
             narrow=_similarity_figure(ranking, scores.values, colors, width=NARROW),
         ),
+        correspondence=_draw_correspondence(measured, colors) if measured else None,
+        noise=ranking.about_noise(),
         matrix=pair_matrix(ranking, evidence) if evidence else [],
         evidence=draw_evidence(ranking, evidence, colors) if evidence else None,
         max_open_pairs=MAX_OPEN_PAIRS,
@@ -125,9 +133,38 @@ def _similarity_figure(
     )
 
 
+def _correspondence_figure(
+    teachers: Sequence[RankedTeacher], colors: dict[str, str], width: float
+) -> Figure:
+    return correspondence_figure(
+        [t.name for t in teachers],
+        [(t.diversity, 1 - t.ci_high, 1 - t.ci_low) for t in teachers],
+        [
+            (t.correspondence or 0.0, t.correspondence_low or 0.0, t.correspondence_high or 0.0)
+            for t in teachers
+        ],
+        [t.pixels_correspondence or 0.0 for t in teachers],
+        [t.baseline for t in teachers],
+        colors=colors,
+        width=width,
+    )
+
+
+def _draw_correspondence(teachers: Sequence[RankedTeacher], colors: dict[str, str]) -> Markup:
+    values = ", ".join(f"{t.name} {t.correspondence:.3f}" for t in teachers)
+    return inline_figure(
+        _correspondence_figure(teachers, colors, 6.5),
+        f"Correspondence against token diversity, by teacher. Correspondence: {values}.",
+        "A good teacher is diverse (right) and about the image (high). Bars are intervals.",
+        narrow=_correspondence_figure(teachers, colors, NARROW),
+    )
+
+
 def _label(teacher: RankedTeacher, best: str) -> str:
     """A name, marked in words and not by color alone."""
     marks = [*(["best"] if teacher.name == best else []), *(["baseline"] * teacher.baseline)]
+    if teacher.noise_like and not teacher.baseline:
+        marks.append("noise-like")
     return f"{teacher.name} ({', '.join(marks)})" if marks else teacher.name
 
 

@@ -78,9 +78,9 @@ def draw_evidence(ranking: Ranking, evidence: Evidence, colors: dict[str, str]) 
             evidence.images,
             values,
             [f"{pair.first} < {pair.second}" for pair in pairs],
+            [pair.state == "tie" for pair in pairs],
             threshold,
-            tied=[pair.state == "tie" for pair in pairs],
-            colors=colors,
+            colors,
             width=width,
         )
 

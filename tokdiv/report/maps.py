@@ -164,8 +164,8 @@ def _draw(
             names[part],
             [row[part] for row in maps.maps],
             maps.rectangles,
+            [row[part] for row in maps.tokens],
             [row[part] for row in maps.similarities],
-            tokens=[row[part] for row in maps.tokens],
             colors=colors,
             lowest=lowest_cosine(maps.maps),
         )

@@ -7,28 +7,30 @@ import urllib.parse
 from pathlib import Path
 
 PACKAGED = "package:"  # prefix of weights that ship with tokdiv, relative to its folder
+HUB = "hf-hub:"
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # what timm's repositories hold, best first
 
 
 def cache_folder() -> Path:
     """Where downloads are kept: TOKDIV_CACHE, else `tokdiv` in the platform's cache folder."""
     if folder := os.environ.get("TOKDIV_CACHE"):
-        return Path(folder).expanduser()
+        return Path(os.path.expanduser(folder))
+    home = Path(os.path.expanduser("~"))
     if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "tokdiv"
+        return home / "Library" / "Caches" / "tokdiv"
     if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", str(Path.home()))) / "tokdiv"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokdiv"
+        return Path(os.environ.get("LOCALAPPDATA", str(home))) / "tokdiv"
+    return Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "tokdiv"
 
 
 def cached_path(source: str) -> Path:
-    """Where the weights of a URL or of "hf-hub:OWNER/REPO" lie in the cache folder.
+    """Where the weights of a URL or of "hf-hub:OWNER/REPO" are in the cache folder.
 
     Authors reuse file names (all of VISSL's are `model_final_checkpoint_phase*.torch`, iBOT's
     `checkpoint_teacher.pth`), so the name starts with a hash of the whole URL.
     """
-    if source.startswith("hf-hub:"):
-        return cache_folder() / (source[len("hf-hub:") :].replace("/", "--") + ".safetensors")
+    if source.startswith(HUB):
+        return cache_folder() / (source.removeprefix(HUB).replace("/", "--") + ".safetensors")
     base = Path(urllib.parse.urlparse(source).path).name or "weights"
     return cache_folder() / f"{hashlib.sha256(source.encode()).hexdigest()[:12]}-{base}"
 
@@ -41,21 +43,32 @@ def is_cached(source: str) -> bool:
 
 
 def packaged_path(source: str) -> Path:
-    """Where "package:PATH" lies: in the folder of this package, wherever that is installed."""
+    """Where "package:PATH" is: in the folder of this package, wherever that is installed."""
     return Path(__file__).parents[1] / source.removeprefix(PACKAGED)
 
 
-def in_hub_cache(source: str) -> Path | None:
-    """The file in the Hugging Face cache, which timm and other tools share."""
-    if not source.startswith("hf-hub:"):
+def hub_cache() -> str:
+    """The cache of huggingface_hub, which timm and other tools share.
+
+    The rules are those of huggingface_hub.constants and `try_to_load_from_cache`. Importing them takes 0.1 s and
+    0.7 s, longer than `tokdiv teachers` itself; a test compares the two.
+    """
+    caches = os.getenv("XDG_CACHE_HOME", os.path.join(os.path.expanduser("~"), ".cache"))
+    home = os.getenv("HF_HOME", os.path.join(caches, "huggingface"))
+    home = os.path.expandvars(os.path.expanduser(home))
+    folder = os.getenv("HUGGINGFACE_HUB_CACHE", os.path.join(home, "hub"))  # older name
+    return os.path.expandvars(os.path.expanduser(os.getenv("HF_HUB_CACHE", folder)))
+
+
+def in_hub_cache(source: str, names: tuple[str, ...] = HUB_FILES) -> Path | None:
+    """The first of these files of "hf-hub:OWNER/REPO" that is in the cache of huggingface_hub."""
+    if not source.startswith(HUB):
         return None
-    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
-    hub = Path(os.environ.get("HF_HUB_CACHE", home / "hub")).expanduser()
-    folder = hub / ("models--" + source[len("hf-hub:") :].partition("@")[0].replace("/", "--"))
-    revision = source.partition("@")[2] or "main"
-    head = folder / "refs" / revision  # names the snapshot that a branch or tag stands for
+    repository, _, revision = source.removeprefix(HUB).partition("@")
+    folder = Path(hub_cache()) / ("models--" + repository.replace("/", "--"))
+    head = folder / "refs" / (revision or "main")  # names the snapshot of a branch or tag
     snapshot = head.read_text().strip() if head.is_file() else revision
-    if snapshot == "main":  # copied here by hand, without the folder `refs`
+    if not snapshot:  # copied here by hand, without the folder `refs`
         snapshot = "*"
-    files = (file for name in HUB_FILES for file in folder.glob(f"snapshots/{snapshot}/{name}"))
+    files = (file for name in names for file in folder.glob(f"snapshots/{snapshot}/{name}"))
     return next((file for file in files if file.is_file()), None)

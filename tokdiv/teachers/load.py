@@ -15,14 +15,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from tokdiv.errors import UsageError, first_line
+from tokdiv.run_dir import read_json
 from tokdiv.teachers.architecture import create_model
-from tokdiv.teachers.fit import converted, load_strictly, some
+from tokdiv.teachers.cache import HUB
+from tokdiv.teachers.checkpoint import read_checkpoint
+from tokdiv.teachers.exports import CONFIG, config_fields
+from tokdiv.teachers.fit import find_network, load_strictly, some
 from tokdiv.teachers.handcrafted import PATCH, Hog, Pixels
-from tokdiv.teachers.layouts import unwrap
 from tokdiv.teachers.notation import parse_specs
 from tokdiv.teachers.spec import TeacherSpec, nearest
 from tokdiv.teachers.teacher import DEFAULT_SIZE, DTYPES, Teacher
-from tokdiv.teachers.weights import read_checkpoint, weights_file
+from tokdiv.teachers.weights import hub_file, weights_file
 from tokdiv.teachers.zoo import IMAGENET_MEAN, IMAGENET_STD
 
 log = logging.getLogger(__name__)
@@ -134,6 +137,13 @@ def complete(spec: TeacherSpec) -> TeacherSpec:
     """
     if spec.is_custom:
         return spec
+    if spec.architecture.startswith(HUB):
+        config = hub_file(spec.architecture, (CONFIG,))
+        stated = config_fields(read_json(config), f"{spec.architecture}/{CONFIG}")
+        # Options of the SPEC go before what the repository states.
+        asked = {k: v for k in ("mean", "std") if (v := getattr(spec, k)) is not None}
+        arguments = stated["arguments"] | spec.arguments
+        spec = dataclasses.replace(spec, **(stated | asked | {"arguments": arguments}))
     fields: dict[str, Any] = {
         "mean": spec.mean or IMAGENET_MEAN,
         "std": spec.std or IMAGENET_STD,
@@ -142,6 +152,8 @@ def complete(spec: TeacherSpec) -> TeacherSpec:
         return dataclasses.replace(spec, **fields)
     import timm
 
+    renamed = timm.models.get_deprecated_models().get(spec.architecture)
+    spec = dataclasses.replace(spec, architecture=renamed or spec.architecture)
     family = timm.list_pretrained(spec.architecture.partition(".")[0] + ".*")
     known = timm.is_model(spec.architecture)
     if not known or ("." in spec.architecture and spec.architecture not in family):
@@ -160,12 +172,23 @@ def complete(spec: TeacherSpec) -> TeacherSpec:
         hub = published.hf_hub_id
         fields["weights"] = f"hf-hub:{hub}" if hub else published.url
         fields["license"] = spec.license or published.license
+        _remark_on_notes(spec, published.notes or ())
     if published is not None:
         fields["mean"] = spec.mean or tuple(published.mean)
         fields["std"] = spec.std or tuple(published.std)
         fields["input_size"] = spec.input_size or published.input_size[1]
         fields["interpolation"] = published.interpolation
     return dataclasses.replace(spec, **fields)
+
+
+def _remark_on_notes(spec: TeacherSpec, notes: Sequence[str]) -> None:
+    """Say where timm's notes tell that weights were trained with another activation than the architecture's."""
+    for note in notes:
+        if "QuickGELU" in note and "quickgelu" not in spec.architecture:
+            other = spec.architecture.replace("_clip_", "_clip_quickgelu_")
+            log.warning(
+                "%s: timm notes of these weights: %s; write timm:%s", spec.name, note, other
+            )
 
 
 def _handcrafted(spec: TeacherSpec, size: int) -> Teacher:
@@ -191,13 +214,12 @@ def _from_timm(spec: TeacherSpec, size: int) -> Teacher:
     indices: int | list[int] = 1 if spec.block is None else [spec.block]
     uncut = set(model.state_dict())
     if path is not None:
-        found = unwrap(read_checkpoint(path), uncut, path)
-        # Converted before the cut, because timm's converters look every block up.
-        tensors = converted(model, found, spec.architecture, path)
+        # Before the cut, because timm's converters look every block up.
+        network = find_network(read_checkpoint(path), model, spec, path)
     if hasattr(model, "prune_intermediate_layers"):
         model.prune_intermediate_layers(indices, prune_norm=not norm, prune_head=True)  # type: ignore[operator]
     if path is not None:
-        load_strictly(model, tensors, found, uncut, spec.architecture, path)
+        load_strictly(model, network, uncut, spec, path)
     options: dict[str, Any] = {"norm": True} if norm else {}
 
     def tokens(module: nn.Module, images: Tensor) -> Tensor:

@@ -1,10 +1,14 @@
 """The SPEC notation of the command line, and TOML files that list teachers.
 
-    [LABEL=]NAME              an entry of the zoo, or a group of them
-    [LABEL=]timm:MODEL        timm's own pretrained weights
-    [LABEL=]timm:ARCH@PATH    a local checkpoint
-    [LABEL=]timm:ARCH@random  untrained, a baseline
-    FILE.toml                 a list of teachers with all their fields
+    [LABEL=]NAME                a zoo entry, or a group of them
+    [LABEL=]timm:MODEL          timm's own pretrained weights
+    [LABEL=]timm:ARCH@PATH      a local checkpoint
+    [LABEL=]timm:ARCH@URL       one on a server, or @hf-hub:OWNER/REPO
+    [LABEL=]timm:ARCH@random    untrained, a baseline
+    [LABEL=]hf-hub:OWNER/REPO   a timm export on the hub
+    [LABEL=]local-dir:FOLDER    a timm export on this machine; FOLDER alone does as well
+    [LABEL=]OUT                 the student of `img2vec pretrain`, or one of its checkpoints
+    FILE.toml                   a list of teachers with all their fields
 
 each followed by any number of `:key=value`.
 """
@@ -18,14 +22,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tokdiv.errors import UsageError
+from tokdiv.errors import UsageError, first_line
+from tokdiv.teachers.exports import WEIGHTS, export_fields, spec_of_path, weights_file_in
 from tokdiv.teachers.spec import TeacherSpec, nearest
 
 # Options that are fields of TeacherSpec; any other is an argument of the timm architecture.
 OPTIONS = {
     "blocks": "block",
+    "weights": "use_ema",
     **{key: key for key in ("mean", "norm", "seed", "size", "std")},
 }
+REMOTE = ("http://", "https://", "hf-hub:")
 
 
 def parse_specs(texts: Sequence[str | TeacherSpec]) -> list[TeacherSpec]:
@@ -64,7 +71,7 @@ def parse_spec(text: str) -> list[TeacherSpec]:
     base, options = _split_options(body)
     if not base:
         raise UsageError(
-            f"'{text}' names no teacher: expected a zoo name, timm:MODEL, timm:ARCH@PATH or FILE.toml"
+            f"'{text}' names no teacher: expected a zoo name, timm:MODEL, timm:ARCH@PATH, a folder or FILE.toml"
         )
     specs = _resolve(base, text)
     if label is not None and len(specs) != 1:
@@ -78,33 +85,40 @@ def parse_spec(text: str) -> list[TeacherSpec]:
 
 
 def _split_list(text: str) -> list[str]:
-    """Split at commas, except inside the path of a file that exists."""
+    """Split at commas, except inside a path that exists."""
     pieces = text.split(",")
     parts = []
     while pieces:
         counts = range(len(pieces), 1, -1)
-        count = next((n for n in counts if _names_a_file(",".join(pieces[:n]))), 1)
+        count = next((n for n in counts if _names_a_path(",".join(pieces[:n]))), 1)
         parts.append(",".join(pieces[:count]))
         del pieces[:count]
     return [part for part in parts if part.strip()]
 
 
-def _names_a_file(text: str) -> bool:
+def _names_a_path(text: str) -> bool:
     body = _split_label(text.strip())[1]
     base = body[: _base_end(body)]
-    path = base.partition("@")[2] if base.startswith("timm:") else base
+    begin = _path_begin(base)
     # A comma after the path starts the next SPEC: no option has one.
-    return "," in path and "," not in body[len(base) :] and _is_file(path)
+    return begin is not None and "," in base[begin:] and _exists(base[begin:])
 
 
-def _is_file(text: str) -> bool:
+def _path_begin(body: str) -> int | None:
+    """Where a path may begin in a SPEC without its label; None where it has none."""
+    if body.startswith("timm:"):
+        return body.find("@") + 1 or None
+    return len("local-dir:") if body.startswith("local-dir:") else 0
+
+
+def _exists(text: str) -> bool:
     # os.path, because pathlib raises for names that no file can have, such as a long list of SPECs.
-    return os.path.isfile(os.path.expanduser(text))
+    return os.path.exists(os.path.expanduser(text))
 
 
 def _split_label(text: str) -> tuple[str | None, str]:
-    if _is_file(text[: _base_end(text)]):
-        return None, text  # a file whose own name has a "="
+    if _exists(text[: _base_end(text)]):
+        return None, text  # a path that has a "=" itself
     match = re.match(r"([^=:@/\\,]+)=(.*)", text, flags=re.DOTALL)
     return (match[1].strip(), match[2].strip()) if match else (None, text)
 
@@ -116,11 +130,10 @@ def _cuts(body: str) -> list[int]:
 
 def _base_end(body: str) -> int:
     """Where the options begin. The longest stretch that is an existing path is not split."""
-    cuts = _cuts(body)
-    start = body.find("@") + 1 if body.startswith("timm:") else 0
-    if start or not body.startswith("timm:"):
+    cuts, begin = _cuts(body), _path_begin(body)
+    if begin is not None:
         for end in [len(body), *reversed(cuts)]:
-            if end > start and _is_file(body[start:end]):
+            if end > begin and _exists(body[begin:end]):
                 return end
     return cuts[0] if cuts else len(body)
 
@@ -148,16 +161,32 @@ def _resolve(base: str, text: str) -> list[TeacherSpec]:
         return [ZOO[name] for name in GROUPS[base]]
     if base.startswith("timm:"):
         return [_of_timm(base, text)]
+    if base.startswith("hf-hub:"):
+        # Its architecture is known once its config.json is here: `load.complete` fills it in.
+        return [TeacherSpec(base, base, weights=base)]
     if base.endswith(".toml"):
         return _read_toml(Path(os.path.expanduser(base)))
-    remedy = "see them with: tokdiv teachers"
-    if _is_file(base):
-        remedy = f"for a local checkpoint write timm:ARCH@{base}"
-    raise UsageError(f"unknown teacher '{base}'{nearest(base, [*ZOO, *GROUPS])}; {remedy}")
+    path = Path(os.path.expanduser(base.removeprefix("local-dir:")))
+    if _exists(str(path)):
+        if (spec := spec_of_path(path, base)) is not None:
+            return [spec]
+        if path.is_file():
+            remedy = f"for a local checkpoint write timm:ARCH@{base}"
+            raise UsageError(f"'{base}' does not say which network it holds; {remedy}")
+        if (path / "ranking.json").is_file():
+            raise UsageError(f"'{base}' is the folder of a ranking: name one of its teachers")
+    if path.is_dir() or base.startswith("local-dir:"):
+        kind = (
+            "no timm export and no run of img2vec pretrain" if path.is_dir() else "no such folder"
+        )
+        raise UsageError(f"'{base}': {kind}; expected config.json and model.safetensors in it")
+    raise UsageError(
+        f"unknown teacher '{base}'{nearest(base, [*ZOO, *GROUPS])}; see them with: tokdiv teachers"
+    )
 
 
 def _of_timm(base: str, text: str) -> TeacherSpec:
-    """timm:MODEL, timm:ARCH@random or timm:ARCH@PATH."""
+    """timm:MODEL, timm:ARCH@random, timm:ARCH@URL or timm:ARCH@PATH."""
     architecture, at, source = base[len("timm:") :].partition("@")
     if not architecture or (at and not source):
         raise UsageError(
@@ -165,15 +194,23 @@ def _of_timm(base: str, text: str) -> TeacherSpec:
         )
     if not at or source == "random":
         return TeacherSpec(base, architecture, weights=source or "timm")
+    # The folder or host says nothing about the teacher; the file's name often does.
+    name = f"timm:{architecture}@{source.rstrip('/').rpartition('/')[2]}"
+    if source.startswith(REMOTE):
+        return TeacherSpec(name, architecture, weights=source)
     path = Path(os.path.expanduser(source))
-    if not _is_file(source):
-        kind = "a folder, not a checkpoint" if os.path.isdir(path) else "no such file"
+    if os.path.isdir(path):
+        path = weights_file_in(str(path), text)
+    if not os.path.isfile(path):
         raise UsageError(
-            f"'{source}' in '{text}': {kind}; expected a .pth, .pt or .safetensors file"
+            f"'{source}' in '{text}': no such file; expected a .pth, .pt or .safetensors file"
         )
-    # The folder says nothing about the teacher; the file's name often does.
+    fields: dict[str, Any] = {}
+    exported = export_fields(path.parent) if path.name in WEIGHTS else None
+    if exported and exported["architecture"].partition(".")[0] == architecture.partition(".")[0]:
+        fields = exported | {"architecture": architecture}
     return TeacherSpec(
-        f"timm:{architecture}@{path.name}", architecture, weights=str(path.resolve())
+        name, **({"architecture": architecture} | fields), weights=str(path.resolve())
     )
 
 
@@ -183,8 +220,8 @@ def _read_toml(path: Path) -> list[TeacherSpec]:
         raise UsageError(f"'{path}': no such file; expected a TOML file that lists teachers")
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"'{path}' is not valid TOML: {error}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UsageError(f"'{path}' is not valid TOML: {first_line(error)}") from None
     entries = tables.get("teachers")
     listed = isinstance(entries, list) and entries and all(isinstance(e, dict) for e in entries)
     if not isinstance(entries, list) or not listed or set(tables) != {"teachers"}:
@@ -206,9 +243,7 @@ def _from_table(fields: dict[str, Any], path: Path) -> TeacherSpec:
     weights = spec.weights
     if weights is None:
         return spec if spec.is_handcrafted else dataclasses.replace(spec, weights="timm")
-    if weights in ("random", "timm") or weights.startswith(
-        ("http://", "https://", "hf-hub:", "package:")
-    ):
+    if weights in ("random", "timm") or weights.startswith((*REMOTE, "package:")):
         return spec
     local = (path.parent / os.path.expanduser(weights)).resolve()
     if not os.path.isfile(local):
@@ -228,6 +263,10 @@ def _with_options(spec: TeacherSpec, options: dict[str, str]) -> TeacherSpec:
             fields["arguments"][key] = _literal(text)
         elif key in ("mean", "std") and "/" in text:
             fields[key] = [_literal(part) for part in text.split("/")]
+        elif key == "weights":
+            if text not in ("ema", "raw"):
+                raise UsageError(f"{spec.name}: weights = {text!r}: expected ema or raw")
+            fields["use_ema"] = text == "ema"
         else:
             fields[OPTIONS[key]] = _literal(text)
     if fields.get("block") is not None and "norm" not in fields:

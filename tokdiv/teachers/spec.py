@@ -20,8 +20,13 @@ CUSTOM = "custom"  # the architecture of a user's own module, which a spec alone
 Triple = tuple[float, float, float]
 
 TEXTS = ("weights", "sha256", "interpolation", "method", "license", "paper")
-WHOLE_NUMBERS = {"input_size": 1, "size": 1, "block": 0, "seed": 0}  # field: smallest value
-FLAGS = ("norm", "baseline")
+WHOLE_NUMBERS = {  # smallest and largest value of a field
+    "input_size": (1, 16_384),
+    "size": (1, 16_384),
+    "block": (0, 10_000),
+    "seed": (0, 2**63 - 1),
+}
+FLAGS = ("norm", "baseline", "use_ema")
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,8 @@ class TeacherSpec:
         norm: whether the final norm is applied; None for the default (where there is one, after the last block).
         arguments: further arguments of the timm architecture.
         seed: of untrained weights.
+        use_ema: of a file with several copies of the network, whether to take the moving average, momentum network
+            or teacher: None where there is one, True always, False never.
         baseline: measured, but never chosen; always true of pixels, hog and untrained networks.
 
     Raises:
@@ -61,6 +68,7 @@ class TeacherSpec:
     norm: bool | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
+    use_ema: bool | None = None
     baseline: bool = False
     method: str | None = None
     license: str | None = None
@@ -68,8 +76,11 @@ class TeacherSpec:
 
     def __post_init__(self) -> None:
         for key in ("name", "architecture"):
-            if not isinstance(getattr(self, key), str) or not getattr(self, key):
-                raise UsageError(f"{key} = {getattr(self, key)!r} of a teacher: expected a text")
+            text = getattr(self, key)
+            if not isinstance(text, str) or not text or not text.isprintable():
+                raise UsageError(
+                    f"{key} = {text!r} of a teacher: expected a text that can be printed"
+                )
         for key, value in vars(self).items():
             if value is None:
                 continue
@@ -78,12 +89,14 @@ class TeacherSpec:
                 expected = "a text"
             elif key in FLAGS and not isinstance(value, bool):
                 expected = "true or false"
-            elif key in WHOLE_NUMBERS and (type(value) is not int or value < WHOLE_NUMBERS[key]):
-                expected = f"a whole number, {WHOLE_NUMBERS[key]} or more"
+            elif key in WHOLE_NUMBERS:
+                least, most = WHOLE_NUMBERS[key]
+                if type(value) is not int or not least <= value <= most:
+                    expected = f"a whole number from {least} to {most}"
             elif key == "arguments" and not isinstance(value, dict):
                 expected = "a table of key = value"
             if expected:
-                raise UsageError(f"{self.name}: {key} = {value!r}: expected {expected}")
+                raise UsageError(f"{self.name}: {key} = {value!r:.80}: expected {expected}")
         for key in ("mean", "std"):
             if (value := getattr(self, key)) is not None:
                 object.__setattr__(self, key, triple(key, value, self.name))
@@ -105,7 +118,7 @@ class TeacherSpec:
 
         Plain JSON types. Equal identities give equal tokens: runs are resumed by this.
         """
-        keys = (
+        same = (
             "architecture",
             "sha256",
             "mean",
@@ -116,7 +129,8 @@ class TeacherSpec:
             "arguments",
             "seed",
         )
-        found = {key: getattr(self, key) for key in keys}
+        found: dict[str, Any] = {key: getattr(self, key) for key in same}
+        found["use_ema"] = self.use_ema is not False
         found["weights"] = None if self.sha256 else self.weights
         return json.loads(json.dumps(found))
 
@@ -181,9 +195,13 @@ def triple(key: str, values: Any, name: str) -> Triple:
         numbers *= 3
     bad = [v for v in numbers if not isinstance(v, (int, float)) or isinstance(v, bool)]
     if len(numbers) != 3 or bad or not all(map(math.isfinite, numbers)):
-        raise UsageError(f"{name}: {key} = {values!r}: expected one number or three (R, G, B)")
-    if key == "std" and min(numbers) <= 0:
-        raise UsageError(f"{name}: std = {values!r}: expected positive numbers")
+        raise UsageError(f"{name}: {key} = {values!r:.80}: expected one number or three (R, G, B)")
+    low, high = min(numbers), max(numbers)
+    if low < 0 or high > 1 or (key == "std" and low == 0):
+        red, green, blue = (float(f"{number / 255:.4g}") for number in numbers)
+        remedy = f"; of pixels from 0 to 255, {key}={red:g}/{green:g}/{blue:g}" if high > 1 else ""
+        kind = "numbers from 0 to 1" if key == "mean" else "positive numbers up to 1"
+        raise UsageError(f"{name}: {key} = {values!r:.80}: expected {kind}{remedy}")
     return (float(numbers[0]), float(numbers[1]), float(numbers[2]))
 
 

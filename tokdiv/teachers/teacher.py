@@ -161,7 +161,7 @@ class Teacher(nn.Module):
             else nullcontext(),
         ):
             try:
-                output = (self._compiled or self._features)(self._normalized(images))
+                output = (self._compiled or self._features)(self.normalize(images))
             except Exception as error:
                 if not self.spec.is_custom or isinstance(error, torch.OutOfMemoryError):
                     raise
@@ -191,11 +191,12 @@ class Teacher(nn.Module):
             )
         with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
             planes = self.module.forward_intermediates(  # type: ignore[operator]
-                self._normalized(images), output_fmt="NCHW", intermediates_only=True
+                self.normalize(images), output_fmt="NCHW", intermediates_only=True
             )
         return [plane.flatten(2).transpose(1, 2) for plane in planes]
 
-    def _normalized(self, images: Tensor) -> Tensor:
+    def normalize(self, images: Tensor) -> Tensor:
+        """uint8 images (B, 3, size, size) as the network gets them: float32, by this teacher's mean and std."""
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         return images.to(torch.float32, memory_format=layout).sub_(self.mean).div_(self.std)
 

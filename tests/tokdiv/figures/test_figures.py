@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -14,6 +15,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.text import Annotation, Text
+from numpy.typing import ArrayLike
 from PIL import Image
 
 from tokdiv.errors import RunError, UsageError
@@ -51,6 +53,19 @@ def drawn_similarity(names: list[str], values: np.ndarray, **options: object) ->
     return similarity_figure(names, values, means - 0.01, means + 0.01, baselines, **options)
 
 
+def drawn_evidence(
+    images: ArrayLike,
+    evidence: ArrayLike,
+    labels: list[str],
+    threshold: float,
+    tied: list[bool] | None = None,
+    colors: dict[str, str] | None = None,
+    **options: Any,
+) -> Figure:
+    tied = tied or [False] * len(labels)
+    return evidence_figure(images, evidence, labels, tied, threshold, colors or {}, **options)
+
+
 def row_labels(figure: Figure) -> list[str]:
     figure.draw_without_rendering()
     return [label.get_text() for label in figure.axes[0].get_yticklabels()]
@@ -76,6 +91,7 @@ def maps_input(num_images: int, grids: list[int]) -> dict[str, object]:
         "views": [rng.integers(0, 256, (28, 28, 3), dtype=np.uint8) for _ in range(num_images)],
         "maps": [[rng.uniform(-0.3, 1, (g, g)) for g in grids] for _ in range(num_images)],
         "queries": [(7 / 14, 7 / 14, 8 / 14, 8 / 14)] * num_images,
+        "tokens": [[(g // 2, g // 2) for g in grids]] * num_images,
         "similarities": rng.uniform(0.1, 0.9, (num_images, len(grids))),
     }
 
@@ -113,7 +129,7 @@ class TestColors:
         values = scores([0.4, 0.5])
         figures = [
             similarity_figure(["a", "b"], values, [0.3, 0.4], [0.5, 0.6], [0, 0], colors=colors),
-            depth_figure({name: ([0], [0.1], [0.1], [0.1]) for name in "ab"}, colors=colors),
+            depth_figure({name: ([0.1], [0.1], [0.1]) for name in "ab"}, colors=colors),
             diversity_accuracy_figure(
                 pd.DataFrame({"name": ["a", "b"], "diversity": [0.1, 0.2], "accuracy": [0.5, 0.6]}),
                 colors=colors,
@@ -258,7 +274,7 @@ class TestMapsFigure:
         assert boxes[2].tolist() == [12, 12, 16, 16]
 
     def test_outlines_the_tokens_that_it_is_told(self) -> None:
-        figure = maps_figure(names=["a"], tokens=[[(0, 6)]], **maps_input(1, [7]))
+        figure = maps_figure(names=["a"], **(maps_input(1, [7]) | {"tokens": [[(0, 6)]]}))
         assert figure.axes[1].findobj(Rectangle)[0].get_bbox().extents.tolist() == [24, 0, 28, 4]
 
     def test_scale_starts_at_zero_where_no_cosine_is_negative(self) -> None:
@@ -278,31 +294,18 @@ class TestMapsFigure:
 class TestDepthFigure:
     def test_marks_the_most_diverse_block(self) -> None:
         mean = np.array([0.5, 0.2, 0.4])
-        figure = depth_figure({"a": (np.arange(3), mean, mean - 0.1, mean + 0.1)})
+        figure = depth_figure({"a": (mean, mean - 0.1, mean + 0.1)})
         text = texts_of(figure)
         assert "a: 0.200 at block 1" in text
         large = [line for line in figure.axes[0].lines if line.get_markersize() == 8]
         assert [line.get_xydata().tolist() for line in large] == [[[1.0, 0.2]]]
         assert "block (zero-based)" in text
 
-    def test_takes_fractions_of_the_depth(self) -> None:
-        curves = {
-            name: (
-                np.linspace(0, 1, blocks),
-                np.linspace(0.5, 0.3, blocks),
-                *[np.full(blocks, np.nan)] * 2,
-            )
-            for name, blocks in [("a", 12), ("b", 24)]
-        }
-        text = texts_of(depth_figure(curves))
-        assert "depth (fraction of the network)" in text
-        assert "a: 0.300 at 1.00" in text
-
     def test_refuses_nothing_and_unequal_lengths(self) -> None:
         with pytest.raises(ValueError, match="no curve to draw"):
             depth_figure({})
-        with pytest.raises(ValueError, match="a: depth, mean, low and high have 2, 1, 1 and 1"):
-            depth_figure({"a": ([0, 1], [0.1], [0.1], [0.1])})
+        with pytest.raises(ValueError, match="a: mean, low and high have 2, 1 and 1"):
+            depth_figure({"a": ([0.1, 0.2], [0.1], [0.1])})
 
 
 class TestDiversityAccuracyFigure:
@@ -344,7 +347,7 @@ class TestEvidenceFigure:
     def test_says_when_each_pair_was_decided(self) -> None:
         images = np.array([10, 100, 1000])
         evidence = np.array([[1.0, 1.0, 0.0], [50.0, 2.0, np.inf], [900.0, 3.0, np.inf]])
-        figure = evidence_figure(images, evidence, ["a < b", "a < c", "b < c"], 20)
+        figure = drawn_evidence(images, evidence, ["a < b", "a < c", "b < c"], 20)
         text = texts_of(figure)
         assert "a < b (100 images)" in text
         assert "a < c (open)" in text
@@ -356,22 +359,22 @@ class TestEvidenceFigure:
         images = np.arange(1, 41)
         evidence = np.exp(np.outer(np.arange(40), np.linspace(0.01, 2, 20)))
         labels = [f"pair {i}" for i in range(20)]
-        text = texts_of(evidence_figure(images, evidence, labels, 100, num_named=5))
+        text = texts_of(drawn_evidence(images, evidence, labels, 100, num_named=5))
         assert "pair 0 (open)" in text
         assert "pair 5" not in text
         assert "15 more pairs (0 open)" in text
 
     def test_a_tie_is_not_open(self) -> None:
         evidence = np.array([[1.0, 30.0, 2.0]])
-        figure = evidence_figure([64], evidence, list("abc"), 20, tied=[True, False, False])
+        figure = drawn_evidence([64], evidence, list("abc"), 20, tied=[True, False, False])
         text = texts_of(figure)
         assert "a (tie)" in text and "b (64 images)" in text and "c (open)" in text
-        rest = evidence_figure(
+        rest = drawn_evidence(
             [64], evidence, list("abc"), 20, tied=[True, False, False], num_named=1
         )
         assert "2 more pairs (0 open)" in texts_of(rest)  # the open one is named first
         assert "c (open)" in texts_of(rest)
-        ties = evidence_figure(
+        ties = drawn_evidence(
             [64], evidence, list("abc"), 20, tied=[True, False, True], num_named=2
         )
         assert "1 more pair (0 open)" in texts_of(ties)  # ties before what was decided
@@ -379,20 +382,20 @@ class TestEvidenceFigure:
 
     def test_a_pair_has_the_colors_of_its_teachers(self) -> None:
         colors = teacher_colors(["a", "b"])
-        figure = evidence_figure([64, 70], [[1.0], [30.0]], ["a < b"], 20, colors=colors)
+        figure = drawn_evidence([64, 70], [[1.0], [30.0]], ["a < b"], 20, colors=colors)
         lines = figure.axes[0].get_lines()
         assert lines[0].get_color() == colors["a"]
         assert lines[1].get_markerfacecolor() == colors["b"]
         # A name may hold what stands between two.
-        evidence_figure([64], [[1.0]], ["a < b < c < d"], 20, colors=colors)
+        drawn_evidence([64], [[1.0]], ["a < b < c < d"], 20, colors=colors)
 
     def test_takes_pairs_that_were_dropped_and_one_look(self) -> None:
         nothing = np.full((1, 2), np.nan)
-        assert "a (open)" in texts_of(evidence_figure([64], nothing, ["a", "b"], 10))
+        assert "a (open)" in texts_of(drawn_evidence([64], nothing, ["a", "b"], 10))
 
     def test_refuses_shapes_that_do_not_match(self) -> None:
         with pytest.raises(ValueError, match=r"shape \(2, 1\), expected \(1, 1\)"):
-            evidence_figure([64], [[1.0], [2.0]], ["a"], 10)
+            drawn_evidence([64], [[1.0], [2.0]], ["a"], 10)
 
 
 class TestSaveFigure:

@@ -26,7 +26,8 @@ import tokdiv.report.maps
 from tokdiv import cli
 from tokdiv.data.open import open_source
 from tokdiv.errors import RunError, UsageError
-from tokdiv.ranking import REPORT_FILES, RankedTeacher
+from tokdiv.hand_over import REPORT_FILES
+from tokdiv.ranking import RankedTeacher
 from tokdiv.report.build import write_report
 from tokdiv.report.caveats import is_rectified
 from tokdiv.report.evidence import trace_evidence
