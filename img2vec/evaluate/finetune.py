@@ -216,11 +216,7 @@ def _train(
         raise UsageError(
             f"'{folder}' is not seen by all processes: -o must lie on a file system that they share"
         )
-    model = network
-    if group.world > 1:
-        cuda = [device] if device.type == "cuda" else None
-        with lost_peers():
-            model = DistributedDataParallel(network, device_ids=cuda)
+    model = _data_parallel(network, group)
     mixing = make_mixing(recipe, train_data.num_classes)
     mean, std = mean_and_std(teacher)
     augmentation = randaugment(
@@ -283,6 +279,15 @@ def _train(
                 group.on_first(partial(write_checkpoint, folder / CHECKPOINT, KIND, state))
             bar.set_postfix(loss=f"{mean_loss:.3f}", top1=f"{accuracy['top1']:.3f}")
     return progress
+
+
+def _data_parallel(network: nn.Module, group: Processes) -> nn.Module:
+    """The network in DDP where there are several processes."""
+    if group.world == 1:
+        return network
+    cuda = [group.device] if group.device.type == "cuda" else None
+    with lost_peers():
+        return DistributedDataParallel(network, device_ids=cuda)
 
 
 # Resuming ----------------------------------------------------------------------------------------
