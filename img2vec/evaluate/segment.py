@@ -74,8 +74,7 @@ def segment(
             scores, history = fit_linear(encoder, train_data, layout, recipe, group, folder)
         elif recipe.head == "knn":
             scores, num_tokens = fit_knn(encoder, train_data, layout, recipe, group)
-            if num_tokens < recipe.bank_size:
-                notes.append(f"the bank holds all {num_tokens:,} training tokens that have a class")
+            notes.append(f"neighbors among {num_tokens:,} training tokens")
         else:
             identity = describe_run(encoder, train_data, val_data, recipe, group)
             scores, history = fit_upernet(
