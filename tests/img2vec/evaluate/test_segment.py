@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from PIL import Image
 from shapes import SEGMENTER, draw_shapes
 
 import img2vec
+import img2vec.evaluate.segment
 import tokdiv.cli
 from img2vec.cli import app
 from img2vec.evaluate import segment_finetune
@@ -25,6 +27,7 @@ from img2vec.evaluate.confusion import IGNORED
 from img2vec.evaluate.segmentation_figures import class_colors, paint, paint_errors
 from tokdiv.errors import Interrupted, UsageError
 
+segment_module: Any = sys.modules["img2vec.evaluate.segment"]  # its name is the function's
 HERE = {"image_size": 32, "workers": 1, "device": "cpu", "dtype": "float32"}
 UPERNET = HERE | {
     "head": "upernet", "max_steps": 6, "batch_size": 4, "channels": 16, "save_every": 2,
@@ -37,6 +40,12 @@ def data(tmp_path_factory):
     root = draw_shapes(tmp_path_factory.mktemp("shapes") / "data", {"train": 9, "val": 5})
     (root / "classes.txt").write_text("ground\nsquare\ndot & <dash>\n")
     return f"{root}:split=train", f"{root}:split=val"
+
+
+@pytest.fixture
+def without_pictures(monkeypatch):
+    """Without pictures and page, which take longer than these small runs."""
+    monkeypatch.setattr(segment_module, "write_report", lambda *given: None)
 
 
 def read(folder):
@@ -59,7 +68,8 @@ def text_of(page):
         ("upernet", {"max_steps": 3, "batch_size": 4, "channels": 16}, 0.0),
     ],
 )
-def test_results_and_pictures(data, tmp_path, head, options, lowest):
+@pytest.mark.usefixtures("without_pictures")
+def test_results_of_every_head(data, tmp_path, head, options, lowest):
     results = img2vec.segment(SEGMENTER, *data, tmp_path, **HERE, head=head, **options)
     found = read(tmp_path)
     assert found["metrics"] == results.metrics and found["task"] == "segment"
@@ -84,14 +94,17 @@ def test_results_and_pictures(data, tmp_path, head, options, lowest):
     assert not (tmp_path / "skipped.csv").exists()
     assert list(tmp_path.glob("events.out.tfevents.*"))
     assert (tmp_path / "checkpoint.pt").exists() == (head == "upernet")
+
+
+def test_pictures_and_page(data, tmp_path):
+    results = img2vec.segment(SEGMENTER, *data, tmp_path, **HERE, max_steps=120)
     with Image.open(tmp_path / "predictions.png") as picture:
         assert picture.width > 400
     page = (tmp_path / "report.html").read_text()
     text = text_of(page)
-    assert (
-        f"Mean IoU {100 * results.metrics['miou']:.1f}% over 3 classes on 5 validation images"
-        in text
-    )
+    share = f"{100 * results.metrics['miou']:.1f}%"
+    assert f"Mean IoU {share} over 3 classes on 5 validation images" in text
+    assert "Most frequent mistakes" in text and "Loss over the steps" in page
     assert "dot &amp; &lt;dash&gt;" in page and "<dash>" not in page
     assert not re.search(r'(src|href)="(?!data:)', page)
 
@@ -146,6 +159,7 @@ def weights(folder):
     return torch.load(folder / "checkpoint.pt", weights_only=True)["model"]
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_an_interrupted_fine_tuning_goes_on_to_the_same_weights(data, tmp_path, monkeypatch):
     whole = img2vec.segment(SEGMENTER, *data, tmp_path / "whole", **UPERNET)
     step = segment_finetune.upernet_step
@@ -173,7 +187,7 @@ def test_an_interrupted_fine_tuning_goes_on_to_the_same_weights(data, tmp_path, 
     ):
         img2vec.segment(SEGMENTER, *data, tmp_path / "cut", **UPERNET, lr=0.5)
     (tmp_path / "cut" / "checkpoint.pt").write_bytes(b"damaged")
-    with pytest.raises(UsageError, match="no complete checkpoint.*delete it to start anew"):
+    with pytest.raises(UsageError, match=r"no complete checkpoint.*delete it to start anew"):
         img2vec.segment(SEGMENTER, *data, tmp_path / "cut", **UPERNET)
 
 
@@ -182,6 +196,7 @@ def test_an_interrupted_fine_tuning_goes_on_to_the_same_weights(data, tmp_path, 
 
 def segment_all(data: tuple[str, str], folder: Path) -> None:
     """Every head, into `folder`; called by every process."""
+    segment_module.write_report = lambda *given: None  # also in the processes that are started here
     linear = HERE | {"max_steps": 40, "batch_size": 3}
     img2vec.segment(SEGMENTER, *data, folder / "knn", **HERE, head="knn", mode="slide")
     img2vec.segment(SEGMENTER, *data, folder / "linear", **linear)
@@ -194,12 +209,8 @@ def run_process(rank: int, port: int, data: tuple[str, str], folder: Path) -> No
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=2)
     segment_all(data, folder)
-    if rank == 1:
-        with pytest.raises(UsageError, match="no folder annotations"):
-            img2vec.segment(SEGMENTER, data[0], str(folder), **HERE)
-    else:
-        with pytest.raises(UsageError):
-            img2vec.segment(SEGMENTER, data[0], str(folder), **HERE)
+    with pytest.raises(UsageError, match="no folder annotations"):  # on every process
+        img2vec.segment(SEGMENTER, data[0], str(folder), **HERE)
     dist.destroy_process_group()
 
 
@@ -214,7 +225,9 @@ def runs(data, tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torch.multiprocessing.spawn(run_process, args=(port, data, root / "two"), nprocs=2, join=True)
-    segment_all(data, root / "one")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(segment_module, "write_report", None)  # `segment_all` sets it
+        segment_all(data, root / "one")
     return root / "one", root / "two"
 
 
@@ -258,7 +271,7 @@ def test_the_command_prints_its_table_and_repeats_itself_in_the_report(data, tmp
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--head", "dpt"], "--head dpt: expected one of linear, knn, upernet"),
+        (["--head", "dpt"], "expected one of linear, knn, upernet"),
         (["--blocks", "last"], "--blocks last: expected numbers of blocks"),
         (["--stride", "99"], "--stride 99: expected at most the view's side, 32 px"),
         (["--head", "upernet", "--batch-size", "1"], "BatchNorm needs two or more"),

@@ -1,12 +1,12 @@
 """SEG: what the numbers of masks mean, layouts of data sets, and one line for each mistake."""
 
 import csv
+import errno
 import io
 import logging
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from shapes import SEGMENTER, draw_shapes, save
 
@@ -17,7 +17,7 @@ from img2vec.evaluate.segmentation_data import open_segmentation
 from img2vec.evaluate.segmentation_sources import open_pairs
 from tokdiv.data.decode import UnusableImage
 from tokdiv.dist import current_processes
-from tokdiv.errors import UsageError
+from tokdiv.errors import RunError, UsageError
 
 
 def opened(train, val=None):
@@ -93,7 +93,7 @@ def test_masks_that_do_not_keep_numbers_are_refused_and_say_how_to_convert():
         decode_mask(encoded(color), "m.png")
     with pytest.raises(UsageError, match="color image"):
         decode_mask(encoded(color.convert("LA")), "m.png")
-    with pytest.raises(UsageError, match="JPEG.*save masks as PNG"):
+    with pytest.raises(UsageError, match=r"JPEG.*save masks as PNG"):
         decode_mask(encoded(VALUES.astype(np.uint8), file_format="JPEG"), "m.jpg")
     with pytest.raises(UsageError, match="floating-point"):
         decode_mask(encoded(VALUES.astype(np.float32), file_format="TIFF"), "m.tif")
@@ -173,7 +173,7 @@ def test_names_of_the_classes_come_from_a_file(tmp_path):
     assert opened(f"{root}:classes={tmp_path / 'names.json'}")[0].classes == ["road", "sky"]
     (root / "classes.txt").write_text("a\nb\n")
     assert opened(root)[0].classes == ["a", "b"]
-    with pytest.raises(UsageError, match="cannot read names of classes from '.*none.txt'"):
+    with pytest.raises(UsageError, match=r"cannot read names of classes from '.*none.txt'"):
         opened(f"{root}:classes={tmp_path / 'none.txt'}")
     with pytest.raises(UsageError, match="name other classes"):
         opened(root, f"{root}:classes={tmp_path / 'names.json'}")
@@ -201,7 +201,7 @@ def test_pascal_voc(tmp_path):
     assert (len(train), len(val), train.num_classes) == (2, 1, 21)
     assert train.classes[15] == "person" and train.labels(0)[0].tolist() == [0, 15, -1, 20, 0, 0]
     assert train.key(0) == "VOCdevkit/VOC2012/JPEGImages/a.jpg"
-    with pytest.raises(UsageError, match="torchvision cannot open it.*nothing is downloaded"):
+    with pytest.raises(UsageError, match=r"torchvision cannot open it.*nothing is downloaded"):
         opened(f"torch/voc:root={tmp_path / 'none'}")
 
 
@@ -231,7 +231,7 @@ def test_hugging_face(tmp_path):
     assert int(data.image(1).float().mean()) == 50
     assert len(open_pairs(f"hfds/{tmp_path / 'seg'}:mask=other")) == 3
     with pytest.raises(
-        UsageError, match="expected :mask= to name a column.*image, annotation, other"
+        UsageError, match=r"expected :mask= to name a column.*image, annotation, other"
     ):
         open_pairs(f"hfds/{tmp_path / 'seg'}:mask=none")
 
@@ -322,19 +322,38 @@ def test_mistakes_in_the_call_are_one_line(tmp_path):
         opened(empty)
     save(empty / "images/a.png", np.zeros((2, 2, 3)))
     save(empty / "annotations/b.png", np.zeros((2, 2)))
-    with pytest.raises(UsageError, match="none of its 1 images has a mask.*no mask a.png in"):
+    with pytest.raises(UsageError, match=r"none of its 1 images has a mask.*no mask a.png in"):
         opened(empty)
     save(empty / "images/a.jpg", np.zeros((2, 2, 3)))
-    with pytest.raises(UsageError, match="has both 'a.jpg' and 'a.png'"):
+    with pytest.raises(UsageError, match=r"has both 'a.jpg' and 'a.png'"):
         opened(empty)
 
 
 def test_data_that_cannot_be_used_at_all(tmp_path):
     root = flat_folder(tmp_path / "data", [[[0, 1], [1, 0]]])
     (root / "annotations/0.png").write_bytes(b"no image")
+    with pytest.raises(UsageError, match=r"none of its 1 images can be used; the first, '.*0.png'"):
+        opened(root)
+
+
+def test_a_file_that_is_gone_later_is_named(tmp_path):
+    root = flat_folder(tmp_path / "data", [[[0, 1], [1, 0]]])
+    data, _, _ = opened(root)
+    (root / "annotations/0.png").unlink()
     with pytest.raises(
-        UsageError,
-        match="none of its 1 images can be used; the first, '.*0.png': cannot be decoded",
+        RunError, match=r"0.png' could be read at the start, and cannot now: No such"
+    ):
+        data.labels(0)
+
+
+def test_too_few_file_handles_are_not_the_files_fault(tmp_path, monkeypatch):
+    root = flat_folder(tmp_path / "data", [[[0, 1], [1, 0]]])
+
+    def exhausted(self, index):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr("img2vec.evaluate.segmentation_sources.Pairs.read_image", exhausted)
+    with pytest.raises(
+        RunError, match=r"Too many open files: use fewer --workers or raise ulimit -n"
     ):
         opened(root)
-    assert torch.is_tensor(torch.zeros(1))

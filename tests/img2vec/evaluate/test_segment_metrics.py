@@ -43,8 +43,8 @@ def test_scores_are_those_of_a_loop_over_pixels(seed):
     predicted.flat[:5] = 4
     labels.flat[:3] = 0
     confusion = sum(
-        confusion_matrix(torch.from_numpy(p), torch.from_numpy(l), 6)
-        for p, l in zip(predicted, labels)
+        confusion_matrix(torch.from_numpy(guess), torch.from_numpy(mask), 6)
+        for guess, mask in zip(predicted, labels)
     )
     ious, recalls = scores_by_loop(predicted, labels, 6)
     assert ious[4] == 0 and ious[5] is None and recalls[4] is None

@@ -1,5 +1,7 @@
 """Views and labels of images of any size, and predictions back at that size, against plain loops."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -30,7 +32,7 @@ def test_windows_cover_the_image_and_end_at_its_border(size):
         covered[top : top + 32, left : left + 32] = True
     assert covered.all() and len(set(corners)) == len(corners)
     lefts = sorted({left for _, left in corners})
-    assert all(b - a <= 20 for a, b in zip(lefts, lefts[1:]))
+    assert all(b - a <= 20 for a, b in itertools.pairwise(lefts))
 
 
 def test_a_whole_image_is_one_view_whatever_its_aspect():
