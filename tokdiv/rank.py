@@ -96,7 +96,8 @@ def rank(
             same = partial(run_config.check_same, out, config)
             run = group.on_first(stack.enter_context, open_run_dir(out, same, resume=resume))
             previous = group.on_first(run_config.read_previous, run)
-            group.on_first(run_config.write, run, config | {"images_per_second": previous.rates})
+            if previous.batch_size is None:  # a folder without config.json is not resumed
+                group.on_first(run_config.write, run, config)
         key_of = None if order is None else partial(_key, source, order)
         table = ScoreTable(names, key_of)
         state = State(run / "state", run_config.identity(config)) if run else None

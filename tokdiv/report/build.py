@@ -101,7 +101,9 @@ def write_report(
         noise=ranking.about_noise(),
         matrix=pair_matrix(ranking, evidence) if evidence else [],
         # One look is a point, and no curve.
-        evidence=draw_evidence(ranking, evidence, colors) if evidence and len(evidence.images) > 1 else None,
+        evidence=draw_evidence(ranking, evidence, colors)
+        if evidence and len(evidence.images) > 1
+        else None,
         max_open_pairs=MAX_OPEN_PAIRS,
         maps=maps,
         without_maps=without_maps,
