@@ -120,6 +120,8 @@ def images_per_epoch(source: Source, epoch_size: int | None) -> int:
     Raises:
         UsageError: a stream that does not say, or fewer images than an epoch wants.
     """
+    if source.count == 0:
+        raise UsageError(f"'{source.name}' holds no images")
     if source.count is None:
         if epoch_size is None:
             raise UsageError(

@@ -60,8 +60,8 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter
 
             self._events = SummaryWriter(str(out), purge_step=step + 1 if step else None)
-        except ImportError:
-            log.warning("tensorboard is not installed: no events are written")
+        except Exception as error:  # of an old release under a new NumPy, say
+            log.warning("tensorboard cannot be used (%s): no events are written", first_line(error))
         if run["config"]["wandb"]:
             self._wandb = _start_wandb(out, run)
 

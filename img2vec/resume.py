@@ -113,6 +113,11 @@ def resume_run(out: Path, run: dict[str, Any], training: Training) -> Progress:
     check_same_run(out, state, run)
     load_training_state(training.model, training.optimizer, state, path)
     progress = Progress.from_dict(state["progress"], path)
+    if progress.world == now["world"] and progress.step_in_epoch >= training.plan.steps:
+        raise UsageError(
+            f"'{path}' is damaged: it is at step {progress.step_in_epoch} of an epoch of {training.plan.steps}; "
+            f"delete it, or start anew with --no-resume"
+        )
     log.info("resuming at step %d, epoch %d", progress.step, progress.epoch)
     if progress.world != now["world"] and progress.step_in_epoch:
         text = "the run was begun on %d processes, now there are %d: on to the next epoch"

@@ -40,7 +40,14 @@ from tokdiv import __version__
 from tokdiv.autotune import check_compiler
 from tokdiv.data.open import open_source
 from tokdiv.data.source import Source
-from tokdiv.dist import Interruption, Processes, caught_signals, default_workers, processes
+from tokdiv.dist import (
+    Interruption,
+    Processes,
+    caught_signals,
+    default_workers,
+    lost_peers,
+    processes,
+)
 from tokdiv.errors import Interrupted, RunError, SharedError, UsageError, first_line
 from tokdiv.run_dir import CONFIG, open_run_dir, write_atomic
 from tokdiv.teachers.spec import TeacherSpec
@@ -121,6 +128,7 @@ def _pretrain(
     plan = plan_epoch(images, config.batch_size, config.accumulate, group.world)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_enough_memory(plan, group.device))
+        stack.enter_context(lost_peers())
         training = _make_training(config, plan, group, teacher)
         run = {
             "version": __version__,

@@ -118,7 +118,7 @@ def test_another_number_of_processes_goes_on_at_the_next_epoch(photos, tmp_path,
     common = [photos, "-t", "pixels", "--config", settings, "-o", tmp_path / "run"]
     _run(1, *common, "--max-steps", 4, "--batch-size", 8)  # one step into the second epoch
     said = _run(2, *common, "--batch-size", 4)
-    assert "begun on 1 processes, now 2: on to the next epoch" in said[0]
+    assert "begun on 1 processes, now there are 2: on to the next epoch" in said[0]
     lines = _metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == list(range(1, 11))
     assert [line["epoch"] for line in lines] == [0, 0, 0, 1, 2, 2, 2, 3, 3, 3]
