@@ -1,6 +1,7 @@
 """What a run tells Weights & Biases: to a stand-in that takes notes, and, where installed, to the real one."""
 
 import json
+import sys
 import types
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import img2vec
 import img2vec.log
 import img2vec.step
 import img2vec.train
+from tokdiv.dist import current_processes
 from tokdiv.errors import UsageError
 
 
@@ -150,3 +152,20 @@ def test_the_real_one_offline_keeps_one_id_over_a_resumption(photos, tmp_path, m
     (id_file,) = (tmp_path / "run" / "wandb").glob("id")
     runs = list((tmp_path / "run" / "wandb").glob(f"offline-run-*/run-{id_file.read_text()}.wandb"))
     assert runs and all(path.stat().st_size > 100 for path in runs)
+
+
+def test_a_tensorboard_that_cannot_be_imported_is_a_remark(tmp_path, monkeypatch, caplog):
+    class Broken:
+        def find_spec(self, name, *given):
+            if name.startswith(("tensorboard", "torch.utils.tensorboard")):
+                raise AttributeError("np.string_ was removed in the NumPy 2.0 release")
+
+    for name in [
+        n for n in sys.modules if n.startswith(("tensorboard", "torch.utils.tensorboard"))
+    ]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    run = {"config": {"wandb": False}}
+    with img2vec.log.RunLog(tmp_path, 0, 1, current_processes(), run):
+        pass
+    assert "tensorboard cannot be used (np.string_ was removed" in caplog.text
