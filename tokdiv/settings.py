@@ -75,8 +75,8 @@ def _is_valid(value: Any, hint: Any, limits: Mapping[str, Any]) -> bool:
         converted = convert(value, hint)
     except (TypeError, ValueError, OverflowError):
         return False
-    if isinstance(value, str) and not isinstance(converted, str):
-        return False  # "0.9" would pass here and fail in the first comparison
+    if isinstance(value, str) != isinstance(converted, str):
+        return False  # `convert` would accept "0.9" as a number, and 5 as a text
     entries = value if isinstance(value, (list, tuple)) else [value]
     numbers = [n for n in entries if isinstance(n, (int, float)) and not isinstance(n, bool)]
     return all(_within(number, limits) for number in numbers)
@@ -146,7 +146,9 @@ def convert(value: Any, hint: Any) -> Any:
         if not isinstance(value, bool):
             raise ValueError
         return value
-    if isinstance(value, bool) or (hint is int and float(value) != int(value)):
+    if isinstance(value, bool) or (
+        hint is int and isinstance(value, float) and not value.is_integer()
+    ):
         raise ValueError
     if hint is str:
         if isinstance(value, (list, tuple)):
