@@ -7,6 +7,7 @@ As a script, it runs one command with them, as torchrun starts it:
 
 import dataclasses
 import importlib
+import itertools
 import json
 import re
 import sys
@@ -36,6 +37,7 @@ FOLDERS = (  # names of a user's images in the documentation
         for part in ("train", "val")
     ),
 )
+SEGMENTATIONS = {"camvid": ("train", "val"), "ADEChallengeData2016": ("training", "validation")}
 REMOTE = ("http://", "https://", "hf-hub:")
 
 Patch = Callable[[Any, str, Any], None]  # as monkeypatch.setattr
@@ -118,6 +120,14 @@ def make_images(root: Path) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             small = Image.fromarray(draw.integers(0, 256, (4, 4, 3), dtype=np.uint8))
             small.resize((48, 40), Image.Resampling.BICUBIC).save(path)
+    for folder, splits in SEGMENTATIONS.items():
+        for split, number in itertools.product(splits, range(3)):
+            pixels = draw.integers(0, 256, (40, 48, 3), dtype=np.uint8)
+            mask = np.repeat(np.array([0, 1, 2, 11], np.uint8), 12)[None].repeat(40, axis=0)
+            for part, values in (("images", pixels), ("annotations", mask)):
+                path = root / folder / part / split / f"{number}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(values).save(path)
     photos = sorted((root / "photos").rglob("*.png"))
     for number in (1, 2):
         Image.open(photos[number]).save(root / f"photo{number}.jpg")

@@ -38,6 +38,7 @@ DOWNLOADED = re.compile(r"(hfds|torch|tfds|hfids)/|wds/\w+://")
 # Long by default, and as long as their epochs.
 SHORT = {"finetune": ("--epochs", "1", "--warmup-epochs", "0")}
 SHORT["probe"] = SHORT["finetune"]
+SHORT["segment"] = ("--max-steps", "2", "--batch-size", "2")
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ def run_program(
 ) -> None:
     """Parse a command line of ours, provide what it reads, and run it in this process."""
     command, parameters = parsed(package, arguments)
-    data = str(parameters.get("data", ""))
+    data = str(parameters.get("data", parameters.get("train", "")))
     if DOWNLOADED.match(data):
         return
     make_checkpoints(" ".join(arguments))

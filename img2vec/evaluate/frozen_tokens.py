@@ -42,7 +42,12 @@ def choose_blocks(encoder: Teacher, blocks: list[int]) -> Teacher:
 
     def tokens(module: nn.Module, images: Tensor) -> Tensor:
         maps = module.forward_intermediates(  # type: ignore[operator]
-            images, indices=blocks, output_fmt="NCHW", intermediates_only=True, **options
+            images,
+            indices=blocks,
+            output_fmt="NCHW",
+            intermediates_only=True,
+            stop_early=True,
+            **options,
         )
         size = max(tuple(plane.shape[2:]) for plane in maps)
         return torch.cat([F.interpolate(p, size=size, mode="bilinear") for p in maps], dim=1)

@@ -119,7 +119,8 @@ def open_model(
 ) -> Teacher:
     """The model, ready on the device with frozen heads; for upernet, which builds its own from it, on the CPU."""
     if given.head == "upernet":
-        size = given.image_size or UPERNET_SIZE
+        recipe_size = None if isinstance(model, Teacher) else UPERNET_SIZE
+        size = given.image_size or recipe_size
         return load_encoder(model, image_size=size, device="cpu", dtype="float32")
     if blocks is None:
         return load_encoder(

@@ -42,9 +42,7 @@ class SegmentSettings(ModelSettings):
         at_least=1,
         shown_default="linear: 2,000; upernet: 160,000",
     )
-    batch_size: int = setting(
-        16, "Views per step, over all processes; at most the training views.", at_least=1
-    )
+    batch_size: int = setting(16, "Views per step, over all processes.", at_least=1)
     micro_batch_size: int | None = setting(
         None,
         "Images per forward pass of upernet's training, per process; fewer take less memory, and BatchNorm sees "
