@@ -1,4 +1,4 @@
-# make run   set up .venv and do the main job on the images that ship with the project
+# make run   set up .venv, rank and pretrain on the images that ship with the project
 # make test  the test suite          make lint  ruff and mypy          make bench  the benchmarks
 # make docs  build the documentation into site/
 PYTHON ?= python3

@@ -9,25 +9,21 @@ import typer
 from img2vec.config import PRESETS, Config
 from img2vec.evaluate.segment_settings import SegmentSettings
 from img2vec.evaluate.settings import FinetuneSettings, KnnSettings, ProbeSettings
-from tokdiv import __version__
 from tokdiv.cli import (
     Data,
     TeacherModule,
     is_first_process,
+    make_app,
     own_teacher,
     run,
 )
 from tokdiv.errors import UsageError
 from tokdiv.settings import with_settings
 
-app = typer.Typer(
-    help="Pretrain a ViT student with a frozen teacher's tokens (Img2Vec, arXiv 2304.12535), evaluate "
-    "it and export it to timm.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+app = make_app(
+    "img2vec",
+    "Pretrain a ViT student with a frozen teacher's tokens (Img2Vec, arXiv 2304.12535), evaluate it and export it "
+    "to timm.",
 )
 
 Model = Annotated[
@@ -48,21 +44,6 @@ Results = Annotated[
     Path | None,
     typer.Option("--out", "-o", metavar="DIR", help="Folder for results.json and results.csv."),
 ]
-
-
-def _version(asked: bool) -> None:
-    if asked:
-        print(f"img2vec {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
-    ] = False,
-) -> None:
-    pass
 
 
 @app.command("pretrain")

@@ -13,14 +13,13 @@ import uuid
 from pathlib import Path
 from typing import Any, Self
 
-from tqdm import tqdm
-
 from img2vec.figures import plot_loss
 from img2vec.resume import Progress
 from img2vec.step import StepResult, Training
 from tokdiv.data.source import Source
 from tokdiv.dist import Processes
 from tokdiv.errors import UsageError, first_line
+from tokdiv.progress import progress_bar
 from tokdiv.run_dir import write_atomic
 
 log = logging.getLogger(__name__)
@@ -48,12 +47,8 @@ class RunLog:
         self.out, self.is_first = out, group.rank == 0
         self.evaluated: int | None = None  # the step of the last evaluation, on rank 0
         self._clock = time.perf_counter()
-        self._bar = tqdm(
-            total=end,
-            initial=step,
-            desc="pretrain",
-            unit="step",
-            disable=None if self.is_first else True,
+        self._bar = progress_bar(
+            total=end, initial=step, desc="pretrain", unit="step", show=self.is_first
         )
         self._wandb: Any = None
         self._events: Any = None
@@ -151,15 +146,16 @@ def log_headline(source: Source, training: Training) -> None:
     config, plan, group = training.config, training.plan, training.group
     teacher, layout = training.teacher, training.model.layout
     millions = sum(p.numel() for p in training.model.encoder.parameters()) / 1e6
-    log.info(
-        f"student: {config.student}, {millions:.1f} M parameters, {training.dtype} on {group.device}\n"
-        f"teacher: {teacher.name}, {teacher.grid[0]} x {teacher.grid[1]} tokens of {teacher.dim}\n"
+    for line in (
+        f"student: {config.student}, {millions:.1f} M parameters, {training.dtype} on {group.device}",
+        f"teacher: {teacher.name}, {teacher.grid[0]} x {teacher.grid[1]} tokens of {teacher.dim}",
         f"data: {source.name}, {plan.images:,} images; {layout.num_masked} of {layout.num_units} units of "
-        f"{config.mask_unit} px are masked\n"
+        f"{config.mask_unit} px are masked",
         f"global batch: {plan.global_batch} = {plan.batch_size} images x {group.world} processes x "
-        f"{plan.accumulate} accumulated; {plan.steps} steps an epoch\n"
-        f"peak learning rate: {config.peak_lr(plan.global_batch):.3g}"
-    )
+        f"{plan.accumulate} accumulated; {plan.steps} steps an epoch",
+        f"peak learning rate: {config.peak_lr(plan.global_batch):.3g}",
+    ):
+        log.info("%s", line)
     wanted = config.batch_size * config.accumulate * group.world
     if plan.images < wanted:
         text = "a batch of %d images is larger than the data: each step takes all %d images once"

@@ -14,6 +14,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from img2vec.attention import last_tokens
 from img2vec.config import Config
 from img2vec.masking import Layout, check_multiple, plan_layout, split_indices
 from tokdiv.errors import UsageError
@@ -268,8 +269,8 @@ class Img2Vec(nn.Module):
             dim=1,
         )
         for block in self.decoder_blocks[:-1]:
-            tokens = _last_tokens(block, tokens, tokens.shape[1])
-        decoded = self.decoder_norm(_last_tokens(self.decoder_blocks[-1], tokens, masked.shape[1]))
+            tokens = last_tokens(block, tokens, tokens.shape[1])
+        decoded = self.decoder_norm(last_tokens(self.decoder_blocks[-1], tokens, masked.shape[1]))
         cells = self.layout.cells.shape[1]
         return decoded.unflatten(1, (-1, cells)).mean(dim=2) if cells > 1 else decoded
 
@@ -300,43 +301,6 @@ class Img2Vec(nn.Module):
         features = self.encoder.forward_features(pixels)
         self.encoder.train(training)
         return features[:, self.encoder.num_prefix_tokens :]
-
-
-def _last_tokens(block: Block, tokens: Tensor, count: int) -> Tensor:
-    """The last `count` tokens of block(tokens): (B, N, D) to (B, count, D).
-
-    The same numbers, without computing queries and MLP for tokens that are not used.
-    """
-    last = tokens[:, -count:] + _last_attended(block.attn, block.norm1(tokens), count)
-    return last + block.mlp(block.norm2(last))
-
-
-def _last_attended(attention: Any, normed: Tensor, count: int) -> Tensor:
-    """The last `count` tokens of attention(normed); a function, so that its scores are freed before the MLP."""
-    D = normed.shape[2]
-    heads, width = attention.num_heads, attention.head_dim
-    weight, bias = attention.qkv.weight, attention.qkv.bias
-    queries = F.linear(normed[:, -count:], weight[:D], bias[:D])
-    queries = queries.unflatten(2, (heads, width)).transpose(1, 2)
-    keys_values = F.linear(normed, weight[D:], bias[D:]).unflatten(2, (2, heads, width))
-    keys, values = keys_values.permute(2, 0, 3, 1, 4).unbind(0)
-    if attention.fused_attn:
-        attended = F.scaled_dot_product_attention(queries, keys, values)
-    else:
-        # The scores are computed again in the backward pass: keeping them would take the most memory here.
-        attended = checkpoint(
-            _attend,
-            queries * attention.scale,
-            keys,
-            values,
-            use_reentrant=False,
-            preserve_rng_state=False,
-        )
-    return attention.proj(attended.transpose(1, 2).flatten(2))
-
-
-def _attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    return (queries @ keys.transpose(2, 3)).softmax(dim=3) @ values
 
 
 def choose_attention(model: Img2Vec, device: torch.device, dtype: str) -> None:

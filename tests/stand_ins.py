@@ -1,6 +1,6 @@
-"""What the commands of the documentation meet in a test: small images, narrow networks, weights made on the spot.
+"""Stand-ins for the commands of the documentation: small images, narrow networks, random weights.
 
-As a script it runs one command with them in a process of its own, as torchrun starts it:
+As a script, it runs one command with them, as torchrun starts it:
 
     torchrun --nproc-per-node 2 tests/stand_ins.py tokdiv rank photos -t paper -o runs/paper
 """
@@ -27,7 +27,7 @@ from img2vec.config import PRESETS
 from tokdiv.teachers.cache import cached_path, in_hub_cache
 
 IMAGES = 12
-FOLDERS = (  # the names by which the documentation calls a user's images
+FOLDERS = (  # names of a user's images in the documentation
     "photos",
     "tiles",
     *(
@@ -49,13 +49,13 @@ def apply(patch: Patch = setattr) -> None:
 
 
 def short_presets() -> dict[str, Any]:
-    """The presets, each ended after a step and with a narrow decoder."""
+    """The presets, each with one step and a narrow decoder."""
     short: dict[str, Any] = {"max_steps": 1, "decoder_dim": 64, "decoder_depth": 1, "workers": 1}
     return {name: dataclasses.replace(preset, **short) for name, preset in PRESETS.items()}
 
 
 def _narrow(create_model: Callable[..., Any]) -> Callable[..., Any]:
-    """timm's create_model, with the width of large networks cut down; small ones stay as they are."""
+    """timm's create_model, with large networks made narrow."""
 
     def create(name: str, *arguments: Any, **options: Any) -> Any:
         architecture = name
@@ -75,7 +75,7 @@ def _narrow(create_model: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _coarse(savefig: Callable[..., Any]) -> Callable[..., Any]:
-    """Figures at a tenth of their resolution: how they look is for other tests."""
+    """Figures at a tenth of their resolution: other tests look at them."""
 
     def save(self: Figure, *arguments: Any, **options: Any) -> Any:
         return savefig(self, *arguments, **(options | {"dpi": 20}))
@@ -84,7 +84,7 @@ def _coarse(savefig: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _with_weights(from_timm: Callable[..., Any]) -> Callable[..., Any]:
-    """The loader of timm's networks, where weights that would be fetched lie in the cache already."""
+    """The loader of timm's networks, with random weights in the cache in place of downloads."""
 
     def load(spec: Any, size: int) -> Any:
         source = spec.weights or ""
@@ -98,7 +98,7 @@ def _with_weights(from_timm: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def save_weights(architecture: str, path: Path, **arguments: Any) -> None:
-    """Random weights of a (narrow) network as a checkpoint, in the format that its name says."""
+    """Random weights of a (narrow) network as a checkpoint, in the format of its suffix."""
     state = timm.create_model(
         architecture, pretrained=False, num_classes=0, **arguments
     ).state_dict()
@@ -110,7 +110,7 @@ def save_weights(architecture: str, path: Path, **arguments: Any) -> None:
 
 
 def make_images(root: Path) -> None:
-    """Everything that the documentation reads images from: folders with classes, files, archives."""
+    """The images that the documentation reads: class folders, files, archives."""
     draw = np.random.default_rng(0)
     for folder in FOLDERS:
         for number in range(IMAGES):

@@ -1,8 +1,8 @@
-"""Every command and every Python block of README.md and docs/ is run, on stand-ins for images and weights.
+"""Run every command and every Python block of README.md and docs/, on stand-ins for images and weights.
 
-A command that is added to a page is found by itself. What is not run for real is checked as far as it goes
-without hours or a network: make and pip by Makefile and pyproject.toml, benchmarks by their own parsers, and
-data sets that would be downloaded by the parser of the command line.
+A command that is added to a page is found automatically. What would take hours or a network is only checked: make
+and pip against the Makefile and pyproject.toml, benchmarks by their own parsers, and data sets that would be
+downloaded by the parser of the command line.
 """
 
 import argparse
@@ -32,7 +32,8 @@ from img2vec.config import PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-RUN = re.compile(r"(runs/[\w-]+|RUN|OUT)(/.*)?$")  # how the documentation calls the folder of a run
+OTHERS = [ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", ROOT / "CHANGELOG.md"]
+RUN = re.compile(r"(runs/[\w-]+|RUN|OUT)(/.*)?$")  # how the documentation names the folder of a run
 DOWNLOADED = re.compile(r"(hfds|torch|tfds|hfids)/|wds/\w+://")
 # Long by default, and as long as their epochs.
 SHORT = {"finetune": ("--epochs", "1", "--warmup-epochs", "0")}
@@ -54,7 +55,7 @@ class Block:
 
 
 def blocks(page: Path) -> Iterator[Block]:
-    """The fenced blocks of a page; what is indented by four after an empty line is shell, too."""
+    """The fenced blocks of a page, and blocks indented by four spaces, which are shell."""
     lines = page.read_text(encoding="utf-8").splitlines()
     name = page.relative_to(ROOT).as_posix()
     number, empty = 0, True
@@ -83,7 +84,7 @@ SHELL = ("sh", "bash", "shell", "console")
 
 
 def shell_commands() -> dict[str, str]:
-    """Every different command line, by the place where it is first given; a script's are those it starts."""
+    """Every different command line, by where it is first given; of a script, those that it starts."""
     found: dict[str, str] = {}
     for block in BLOCKS:
         if block.language not in SHELL:
@@ -92,10 +93,10 @@ def shell_commands() -> dict[str, str]:
         lines = code.split("\n")
         if block.title:
             lines = re.findall(r"python -m (?:tokdiv|img2vec) [^'\"\n]*", code)
-        for place, line in enumerate(lines):
+        for number, line in enumerate(lines):
             text = " ".join(line.split())
             if text and not text.startswith("#") and text not in found.values():
-                found[f"{block.page}:{block.line}:{place}"] = text
+                found[f"{block.page}:{block.line}:{number}"] = text
     return found
 
 
@@ -122,7 +123,7 @@ def sandbox(
     monkeypatch: pytest.MonkeyPatch,
     one_thread: None,
 ) -> Path:
-    """A working folder with images and the files that the pages show; weights are made where they are asked for."""
+    """A working folder with images and the files that pages show; weights are made where a command needs some."""
     for entry in template.iterdir():
         (tmp_path / entry.name).symlink_to(entry)
     for title, block in FILES.items():
@@ -141,7 +142,7 @@ def sandbox(
 
 @pytest.fixture
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], None]:
-    """Puts a finished ranking or pretraining where a command expects one; each is made once."""
+    """Put a finished ranking or pretraining where a command expects one; each is made once."""
 
     def provide(kind: str, path: str) -> None:
         kept = tmp_path_factory.getbasetemp() / f"finished-{kind}"
@@ -158,9 +159,9 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str],
 
 def make_checkpoints(text: str) -> None:
     """Checkpoints that a text names, as timm:ARCH@PATH or in TOML."""
-    places = re.findall(r"timm:(\w+)@([\w./-]+\.(?:pth|pt|safetensors))", text)
-    places += re.findall(r'architecture = "(\w+)"\nweights = "([^"]+)"', text)
-    for architecture, path in places:
+    named = re.findall(r"timm:(\w+)@([\w./-]+\.(?:pth|pt|safetensors))", text)
+    named += re.findall(r'architecture = "(\w+)"\nweights = "([^"]+)"', text)
+    for architecture, path in named:
         if not Path(path).is_file():
             save_weights(architecture, Path(path))
 
@@ -221,7 +222,7 @@ def check_pip(arguments: list[str]) -> None:
 
 
 def check_benchmark(script: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A benchmark's own parser takes the arguments; the hours behind it are left out."""
+    """A benchmark's own parser takes the arguments; the benchmark itself does not run."""
 
     class Parsed(Exception):
         pass
@@ -242,7 +243,7 @@ def check_benchmark(script: str, arguments: list[str], monkeypatch: pytest.Monke
 
 
 def check_variable(name: str) -> None:
-    """An environment variable of the documentation is one that the packages read."""
+    """The packages or the benchmarks read this environment variable."""
     sources = [
         path.read_text()
         for p in ("tokdiv", "img2vec", "benchmarks")
@@ -287,14 +288,14 @@ def check(
         raise AssertionError(f"say in tests/test_docs.py how to check {program}: {text}")
 
 
-@pytest.mark.parametrize("place", COMMANDS)
+@pytest.mark.parametrize("where", COMMANDS)
 def test_command(
-    place: str,
+    where: str,
     sandbox: Path,
     monkeypatch: pytest.MonkeyPatch,
     run_folder: Callable[[str, str], None],
 ) -> None:
-    check(COMMANDS[place], monkeypatch, run_folder)
+    check(COMMANDS[where], monkeypatch, run_folder)
 
 
 @pytest.mark.parametrize(
@@ -397,7 +398,7 @@ def test_blocks_are_of_a_language_that_is_checked() -> None:
 # Links and the site -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *OTHERS], ids=lambda page: page.name)
 def test_links_to_files_resolve(page: Path) -> None:
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
@@ -410,6 +411,28 @@ def test_links_to_files_resolve(page: Path) -> None:
             headings = re.findall(r"^#+ (.+)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
             slugs = {re.sub(r"[^\w]+", "-", heading.lower()).strip("-") for heading in headings}
             assert anchor in slugs, f"{page.name}: {target}"
+
+
+def test_the_file_tree_is_that_of_the_disk() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    tree = re.search(r"^```text\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    assert tree
+    folder, listed = "", []
+    for line in tree[1].splitlines():
+        if line.startswith(" "):
+            name, description = line.split(maxsplit=1)
+            assert description
+            listed.append(folder + name)
+        else:
+            folder = line
+    on_disk = {
+        path.relative_to(ROOT).as_posix()
+        for package in ("tokdiv", "img2vec")
+        for pattern in ("*.py", "*.html")
+        for path in (ROOT / package).rglob(pattern)
+        if path.name != "__init__.py"
+    }
+    assert set(listed) == on_disk and len(listed) == len(on_disk)
 
 
 def command_reference(package: str) -> str:

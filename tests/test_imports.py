@@ -38,9 +38,10 @@ ROOMS = {
         "__main__",
     ],
     "img2vec": [
-        "config figures loss masking optim teacher",
-        "data model targets",
+        "attention config figures loss masking optim",
+        "data model targets teacher",
         "checkpoint step",
+        "resume",
         "export log token_maps",
         "evaluate report",
         "train",

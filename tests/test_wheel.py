@@ -1,4 +1,4 @@
-"""What is installed: the packages with all that they read beside their code, and nothing of the tests."""
+"""The wheel: the packages with all the files they read, and none of the tests."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def files() -> set[str]:
-    """The paths in the wheel, as its builder would pack them; nothing is built."""
+    """The paths that the builder would pack; nothing is built."""
     wheel = pytest.importorskip("hatchling.builders.wheel")
     builder = wheel.WheelBuilder(str(ROOT))
     return {Path(file.distribution_path).as_posix() for file in builder.recurse_included_files()}

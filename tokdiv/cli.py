@@ -31,13 +31,36 @@ if TYPE_CHECKING:
     from tokdiv.teachers.spec import TeacherSpec
     from tokdiv.teachers.teacher import Teacher
 
-app = typer.Typer(
-    help="Rank frozen teachers for masked image modeling by the diversity of their tokens.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+
+def make_app(command: str, help: str) -> typer.Typer:
+    """An empty application with --help and --version."""
+    application = typer.Typer(
+        help=help,
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+    def show(asked: bool) -> None:
+        if asked:
+            print(f"{command} {__version__}")
+            raise typer.Exit
+
+    @application.callback()
+    def root(
+        version: Annotated[
+            bool, typer.Option("--version", callback=show, is_eager=True, help="Show the version.")
+        ] = False,
+    ) -> None:
+        pass
+
+    return application
+
+
+app = make_app(
+    "tokdiv", "Rank frozen teachers for masked image modeling by the diversity of their tokens."
 )
 
 SPEC_HELP = (
@@ -67,24 +90,6 @@ Resume = Annotated[
     typer.Option("--resume/--no-resume", help="Resume the RUN there, or move it to RUN.bak-N."),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
-
-
-def _version(asked: bool) -> None:
-    if asked:
-        print(f"tokdiv {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _root(
-    version: Annotated[
-        bool,
-        typer.Option(
-            "--version", callback=_version, is_eager=True, help="Show the version and exit."
-        ),
-    ] = False,
-) -> None:
-    pass
 
 
 @app.command()

@@ -50,7 +50,7 @@ def load_ranking(path: str | os.PathLike[str]) -> Ranking:
         version = content["schema_version"]
         if version == SCHEMA_VERSION:
             return _from_dict(content, read_previous(file.parent).rates)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         reason = f"'{error.args[0]}' is missing" if isinstance(error, KeyError) else str(error)
         raise UsageError(f"'{file}' is no ranking of tokdiv: {reason}") from None
     raise UsageError(
@@ -74,7 +74,7 @@ def _from_dict(content: dict[str, Any], rates: dict[str, float]) -> Ranking:
     """The inverse of `Ranking.to_dict`.
 
     Raises:
-        ValueError, KeyError, TypeError, AttributeError: something is missing, mistyped or contradictory.
+        ValueError, KeyError, TypeError, AttributeError, OverflowError: it is damaged.
     """
     known = {field.name for field in fields(Settings)}
     ranking = Ranking(

@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from tokdiv import run_config
 from tokdiv.autotune import choose_batch_size, compiles, expected_images
 from tokdiv.config import Settings
 from tokdiv.data.open import open_source
@@ -23,14 +24,6 @@ from tokdiv.judge import Judge
 from tokdiv.measure import load_measurable, measure
 from tokdiv.noise import measure_correspondence
 from tokdiv.ranking import Ranking, make_ranking
-from tokdiv.run_config import (
-    Previous,
-    check_same_run,
-    identity,
-    read_previous,
-    run_config,
-    write_config,
-)
 from tokdiv.run_dir import open_run_dir
 from tokdiv.scores import ScoreTable, check_labels
 from tokdiv.state import State
@@ -80,21 +73,8 @@ def rank(
         RunError: no usable image, a teacher that yields NaN, a full disk, a lost process.
         Interrupted: SIGINT, SIGTERM or SIGUSR1 came; the state is stored.
     """
-    settings = Settings(
-        max_images=max_images,
-        confidence=confidence,
-        certify=certify,
-        tie=tie,
-        batch_size=batch_size,
-        workers=workers,
-        device=device,
-        dtype=dtype,
-        compile=compile,
-        seed=seed,
-        image_size=image_size,
-        correspondence_images=correspondence_images,
-        allow_baselines=allow_baselines,
-    )
+    given = dict(locals())
+    settings = Settings(**{name: given[name] for name in given.keys() & vars(Settings).keys()})
     with ExitStack() as stack:
         group = stack.enter_context(processes(device))
         source = open_source(os.fspath(data))
@@ -110,15 +90,17 @@ def rank(
         names, specs = [t.name for t in loaded], [t.spec for t in loaded]
         check_labels(names)
 
-        run, previous = None, Previous(None, {})
-        config = run_config(source, settings, specs, {})
+        run, previous = None, run_config.Previous(None, {})
+        config = run_config.describe(source, settings, specs, {})
         if out is not None:
-            same = partial(check_same_run, out, config)
+            same = partial(run_config.check_same, out, config)
             run = group.on_first(stack.enter_context, open_run_dir(out, same, resume=resume))
-            previous = group.on_first(read_previous, run)
+            previous = group.on_first(run_config.read_previous, run)
+            if previous.batch_size is None:  # a folder without config.json is not resumed
+                group.on_first(run_config.write, run, config)
         key_of = None if order is None else partial(_key, source, order)
         table = ScoreTable(names, key_of)
-        state = State(run / "state", identity(config)) if run else None
+        state = State(run / "state", run_config.identity(config)) if run else None
         if state:
             group.on_first(state.load, table)
         interruption = stack.enter_context(caught_signals())
@@ -131,8 +113,8 @@ def rank(
                 size = group.broadcast(choose_batch_size(loaded, num_images))
             settings = dataclasses.replace(settings, batch_size=size or "auto")
         if run:
-            config = run_config(source, settings, specs, previous.rates)
-            group.on_first(write_config, run, config)
+            config = run_config.describe(source, settings, specs, previous.rates)
+            group.on_first(run_config.write, run, config)
 
         speed = measure(judge, loaded, source, order, settings, group, interruption)
 
@@ -142,7 +124,7 @@ def rank(
         ranking = group.on_first(make_ranking, *result)
         _warn(source.warnings[num_warned:], group)
         if run:
-            group.on_first(write_config, run, config | {"images_per_second": rates})
+            group.on_first(run_config.write, run, config | {"images_per_second": rates})
             group.on_first(table.write_results, run, ranking.names)
             group.on_first(write_ranking, ranking, run)  # last: where it is, all else is there too
         if run and report and group.rank == 0:

@@ -11,7 +11,7 @@ import pandas as pd
 
 from tokdiv.certify import Certificate, Pair, confidence_sequence
 from tokdiv.config import Settings
-from tokdiv.data.source import Source
+from tokdiv.data.source import Source, storable
 from tokdiv.errors import RunError
 from tokdiv.noise import Correspondence
 from tokdiv.scores import ScoreTable
@@ -141,13 +141,15 @@ class Ranking:
     @property
     def table(self) -> pd.DataFrame:
         """One row per teacher, best first."""
-        names = [f.name for f in dataclasses.fields(RankedTeacher) if f.name != "spec"]
+        own = [f.name for f in dataclasses.fields(RankedTeacher) if f.name != "spec"]
         of_spec = ("num_tokens", "dim", "parameters", "norm", "method", "weights", "sha256")
         rows = [
-            {name: getattr(teacher, name) for name in names}
+            {name: getattr(teacher, name) for name in own}
             | {name: getattr(teacher.spec, name) for name in of_spec}
             for teacher in self.teachers
         ]
+        for row in rows:  # pandas takes no path that is no UTF-8
+            row.update({k: storable(v) for k, v in row.items() if isinstance(v, str)})
         return pd.DataFrame(rows).astype({"centred_similarity": float, "similarity_7x7": float})
 
     def pair(self, first: str, second: str) -> Pair[str]:

@@ -21,7 +21,7 @@ SCHEMA_VERSION = 1  # of config.json
 BINDING = ("seed", "image_size", "dtype", "confidence", "certify", "tie", "allow_baselines")
 
 
-def run_config(
+def describe(
     source: Source, settings: Settings, specs: Sequence[TeacherSpec], rates: dict[str, float]
 ) -> dict[str, Any]:
     """The content of config.json.
@@ -41,7 +41,7 @@ def run_config(
     }
 
 
-def write_config(run: Path, config: dict[str, Any]) -> None:
+def write(run: Path, config: dict[str, Any]) -> None:
     """Write RUN/config.json; RunError if the disk is full or not writable."""
     write_atomic(run / CONFIG, json.dumps(config, indent=2) + "\n")
 
@@ -50,7 +50,7 @@ def identity(config: dict[str, Any]) -> dict[str, Any]:
     """What the scores of a run, and the conclusions from them, depend on.
 
     Raises:
-        KeyError, TypeError, ValueError, AttributeError: the config is not that of a ranking.
+        KeyError, TypeError, ValueError, AttributeError, OverflowError: the config is not that of a ranking.
     """
     if config["schema_version"] != SCHEMA_VERSION:
         raise ValueError("another schema")
@@ -62,7 +62,7 @@ def identity(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def check_same_run(out: str | os.PathLike[str], new: dict[str, Any], old: dict[str, Any]) -> None:
+def check_same(out: str | os.PathLike[str], new: dict[str, Any], old: dict[str, Any]) -> None:
     """Check that a run may be resumed: the same data, settings and weights. Teachers may join.
 
     Args:
@@ -76,7 +76,7 @@ def check_same_run(out: str | os.PathLike[str], new: dict[str, Any], old: dict[s
         before = identity(old)
         limits = [config["settings"]["max_images"] for config in (old, new)]
         sources = [f"'{c['data']['source']}' of {c['data']['count']} images" for c in (old, new)]
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         raise UsageError(
             f"-o {out}: its config.json is not that of a ranking, or damaged; give another folder, or start "
             f"anew with --no-resume"
@@ -118,5 +118,5 @@ def read_previous(run: Path) -> Previous:
         size = config["settings"].get("batch_size")
         rates = {str(k): float(v) for k, v in config["images_per_second"].items()}
         return Previous(size if type(size) is int and size > 0 else None, rates)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return Previous(None, {})

@@ -101,7 +101,7 @@ def check_types(record: Any) -> None:
 
 def _within(value: float, limits: Mapping[str, Any]) -> bool:
     return (
-        math.isfinite(value)
+        (isinstance(value, int) or math.isfinite(value))
         and value >= limits.get("at_least", -math.inf)
         and value > limits.get("above", -math.inf)
         and value <= limits.get("at_most", math.inf)

@@ -17,7 +17,6 @@ from img2vec.evaluate.segmentation_views import Layout, cut_labels, cut_views, i
 from tokdiv.dist import Processes
 from tokdiv.errors import UsageError
 from tokdiv.progress import progress_bar
-from tokdiv.teachers.spec import CUSTOM, HANDCRAFTED
 from tokdiv.teachers.teacher import Teacher
 
 UNKNOWN_MEMORY = 8 * 2**30  # taken as free where the system does not say
@@ -33,7 +32,7 @@ def choose_blocks(encoder: Teacher, blocks: list[int]) -> Teacher:
         UsageError: a network whose blocks are unknown, or no such block.
     """
     spec, network = encoder.spec, encoder.module
-    if spec.architecture in HANDCRAFTED or spec.architecture == CUSTOM:
+    if spec.is_handcrafted or spec.is_custom:
         raise UsageError(f"--blocks: {encoder.name} has no blocks that are known; leave it out")
     last = (len(network.feature_info) if spec.block is None else spec.block + 1) - 1  # type: ignore[arg-type]
     if not blocks or not all(0 <= block <= last for block in blocks):

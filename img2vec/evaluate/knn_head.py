@@ -35,7 +35,7 @@ def fit_knn(
     """Fill the bank; the scores of views, and the number of tokens in the bank."""
     frozen = frozen_tokens(encoder, data, layout, recipe, group, LABELS_PER_TOKEN)
     main_class = token_classes(frozen)
-    chosen = choose_balanced(main_class, recipe.bank_size, data.num_classes, recipe.seed)
+    chosen = choose_balanced(main_class, recipe.tokens_per_class, data.num_classes, recipe.seed)
     bank, shares = fill_bank(frozen, chosen)
 
     def scores(views: Tensor) -> Tensor:
@@ -48,8 +48,8 @@ def fit_knn(
     return scores, len(bank)
 
 
-def token_classes(frozen: FrozenTokens) -> NDArray[np.int16]:
-    """The most frequent class of every training token, int16 (V * K,); IGNORED where no pixel has a class.
+def token_classes(frozen: FrozenTokens) -> NDArray[np.int32]:
+    """The most frequent class of every training token, int32 (V * K,); IGNORED where no pixel has a class.
 
     It takes the masks alone, so that only tokens in the bank are ever computed.
     """
@@ -60,11 +60,11 @@ def token_classes(frozen: FrozenTokens) -> NDArray[np.int16]:
         counts = class_counts(labels, frozen.encoder.grid, num_classes)
         main = counts.argmax(axis=2)
         main[counts.max(axis=2) == 0] = IGNORED
-        return torch.from_numpy(main.astype(np.int16).ravel())
+        return torch.from_numpy(main.astype(np.int32).ravel())
 
     own = list(range(frozen.group.rank, len(frozen.data), frozen.group.world))
     parts = list(threaded(load, own, frozen.recipe.workers))
-    gathered = frozen.group.gather_rows(torch.cat(parts) if parts else torch.empty(0).short())
+    gathered = frozen.group.gather_rows(torch.cat(parts) if parts else torch.empty(0).int())
     if frozen.group.world == 1:
         return gathered.numpy()
     # The parts of the processes one after the other: back into the order of the views.
@@ -72,7 +72,7 @@ def token_classes(frozen: FrozenTokens) -> NDArray[np.int16]:
         np.flatnonzero(frozen.views[:, 0] % frozen.group.world == rank)
         for rank in range(frozen.group.world)
     ]
-    classes = np.empty((len(frozen), K), dtype=np.int16)
+    classes = np.empty((len(frozen), K), dtype=np.int32)
     classes[np.concatenate(views)] = gathered.numpy().reshape(-1, K)
     return classes.ravel()
 
@@ -101,26 +101,16 @@ def class_counts(
 
 
 def choose_balanced(
-    classes: NDArray[np.int16], most: int, num_classes: int, seed: int
+    classes: NDArray[np.int32], per_class: int, num_classes: int, seed: int
 ) -> NDArray[np.int64]:
-    """Positions of at most `most` tokens: those of rare classes all, of the others equally many, drawn by chance.
+    """Positions of `per_class` tokens of each class, drawn by chance; all of a class that has fewer.
 
     Returns:
         int64, ascending; none whose class is IGNORED.
     """
-    counts = np.bincount(classes[classes != IGNORED], minlength=num_classes)
-    quota, beyond = (
-        0,
-        int(counts.max(initial=0)) + 1,
-    )  # the largest quota per class that fits, by bisection
-    while beyond - quota > 1:
-        middle = (quota + beyond) // 2
-        quota, beyond = (
-            (middle, beyond) if np.minimum(counts, middle).sum() <= most else (quota, middle)
-        )
     generator = np.random.default_rng(seed)
-    members = [np.flatnonzero(classes == number) for number in range(num_classes)]
-    chosen = [m if len(m) <= quota else generator.permutation(m)[:quota] for m in members]
+    members = (np.flatnonzero(classes == number) for number in range(num_classes))
+    chosen = [m if len(m) <= per_class else generator.permutation(m)[:per_class] for m in members]
     return np.sort(np.concatenate(chosen)).astype(np.int64)
 
 

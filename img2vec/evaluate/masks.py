@@ -7,6 +7,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tokdiv.data.decode import UnusableImage
+from tokdiv.data.headers import check_size
+from tokdiv.data.source import Item
 from tokdiv.errors import UsageError, first_line
 
 MAX_VALUE = 65_535
@@ -15,7 +17,7 @@ EXACT = ("PNG", "TIFF", "BMP", "GIF")
 INEXACT = ("JPEG", "WEBP", "PPM")
 
 
-def decode_mask(data: bytes | Image.Image, name: str) -> NDArray[np.int64]:
+def decode_mask(data: Item, name: str) -> NDArray[np.int64]:
     """The class numbers of a mask.
 
     A palette's indices are the numbers, its colors mean nothing. Samples of 1, 2, 4, 8 and 16 bits are read as
@@ -32,10 +34,13 @@ def decode_mask(data: bytes | Image.Image, name: str) -> NDArray[np.int64]:
         UsageError: a color image, a JPEG, or samples that are no such numbers.
         UnusableImage: not an image, damaged or cut.
     """
+    if isinstance(data, UnusableImage):
+        raise data
     try:
         image = data
         if isinstance(image, bytes):
             image = Image.open(io.BytesIO(image), formats=EXACT + INEXACT)
+            check_size(*image.size, pixel_bytes=8)
         _check_kind(image, name)
         values = np.asarray(image).astype(np.int64)
     except UsageError:

@@ -19,6 +19,7 @@ from img2vec.evaluate.segment_report import Example, write_report, write_skipped
 from img2vec.evaluate.segment_settings import RECORDED, SegmentRecipe, SegmentSettings
 from img2vec.evaluate.segmentation_data import SegmentationData, open_segmentation
 from img2vec.evaluate.segmentation_views import Layout, Scores, evaluate, predict
+from tokdiv.data.source import storable
 from tokdiv.dist import Processes, choose_device, choose_dtype, current_processes, default_workers
 from tokdiv.errors import UsageError
 from tokdiv.run_dir import locked_folder
@@ -74,10 +75,9 @@ def segment(
             scores, history = fit_linear(encoder, train_data, layout, recipe, group, folder)
         elif recipe.head == "knn":
             scores, num_tokens = fit_knn(encoder, train_data, layout, recipe, group)
-            if num_tokens < recipe.bank_size:
-                notes.append(f"the bank holds all {num_tokens:,} training tokens that have a class")
+            notes.append(f"neighbors among {num_tokens:,} training tokens")
         else:
-            identity = describe_run(encoder, train_data, val_data, recipe, group)
+            identity = describe_run(encoder, train_data, recipe, group)
             scores, history = fit_upernet(
                 encoder, train_data, recipe, blocks, group, folder, identity
             )
@@ -85,7 +85,7 @@ def segment(
         confusion = evaluate(scores, val_data, layout, group, **loading)
         results = Results(
             task="segment",
-            model=encoder.name,
+            model=storable(encoder.name),
             metrics=mean_scores(confusion),
             settings={name: getattr(recipe, name) for name in RECORDED[recipe.head]},
             data={
@@ -97,13 +97,17 @@ def segment(
             history=history,
             by_class=class_table(confusion, val_data.classes),
         )
-        if folder is not None and group.rank == 0:
-            results.write(folder)
-            skipped = list(dict.fromkeys([*train_data.skipped, *val_data.skipped]))
-            write_skipped(folder, skipped)
-            write_metrics(folder, results.metrics, history[-1]["step"] if history else 0)
-            examples = predict_examples(scores, val_data, layout, group, **loading)
-            write_report(folder, results, confusion, examples, skipped, group.world)
+        if folder is not None:
+
+            def write() -> None:
+                skipped = list(dict.fromkeys([*train_data.skipped, *val_data.skipped]))
+                results.write(folder)
+                write_skipped(folder, skipped)
+                write_metrics(folder, results.metrics, history[-1]["step"] if history else 0)
+                examples = predict_examples(scores, val_data, layout, group, **loading)
+                write_report(folder, results, confusion, examples, skipped, group.world)
+
+            group.on_first(write)
     return results
 
 
@@ -205,16 +209,13 @@ def predict_examples(
 def describe_run(
     teacher: Teacher,
     train_data: SegmentationData,
-    val_data: SegmentationData,
     recipe: SegmentRecipe,
     group: Processes,
 ) -> str:
-    """What must be equal for a fine-tuning to be resumed, as JSON; weights count by their hash."""
-    spec = teacher.spec.to_dict()
-    keys = ("architecture", "sha256", "mean", "std", "size", "arguments", "seed", "block")
+    """What must be equal for a fine-tuning to be resumed, as JSON."""
     return json.dumps(
         {
-            "model": {key: spec.get(key) for key in keys},
+            "model": teacher.spec.identity(),
             "train": train_data.pairs.fingerprint,
             "classes": train_data.classes,
             "settings": {name: getattr(recipe, name) for name in RECORDED["upernet"]},
@@ -226,7 +227,7 @@ def describe_run(
 
 def describe_data(data: SegmentationData) -> dict[str, Any]:
     return {
-        "name": data.pairs.name,
+        "name": storable(data.pairs.name),
         "fingerprint": data.pairs.fingerprint,
         "images": len(data),
         "skipped": len(data.skipped),

@@ -2,6 +2,7 @@
 
 import json
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,9 +126,8 @@ def _train(
         state = training_state(network, optimizer)  # on every process
         if step == recipe.max_steps:
             state["optimizer"] = {}  # what stays at the end are the network's weights
-        if group.rank == 0:
-            progress = {"identity": identity, "step": step, "history": history}
-            write_checkpoint(folder / CHECKPOINT, KIND, {**state, **progress})
+        state |= {"identity": identity, "step": step, "history": history}
+        group.on_first(partial(write_checkpoint, folder / CHECKPOINT, KIND, state))
 
     with (
         recorded(folder if group.rank == 0 else None, history) as record,
@@ -231,6 +231,8 @@ def _resume(
             return int(state["step"]), list(state["history"])
     except UsageError as error:
         raise UsageError(f"{error}; {remedy}") from None
+    except (KeyError, TypeError, ValueError):
+        raise UsageError(f"'{path}' does not say how far it is; {remedy}") from None
     differing = _differences(state.get("identity"), identity)
     raise UsageError(f"'{path}' is of another run ({differing}): {remedy}")
 

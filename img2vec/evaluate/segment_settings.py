@@ -80,10 +80,8 @@ class SegmentSettings(ModelSettings):
     )
     k: int = setting(30, "Number of neighbors, of knn.", at_least=1)
     temperature: float = setting(0.02, "Temperature of the votes, of knn.", above=0)
-    bank_size: int = setting(
-        102_400,
-        "Training tokens that neighbors come from, balanced over classes, of knn.",
-        at_least=1,
+    tokens_per_class: int = setting(
+        1000, "Training tokens of each class that neighbors come from, of knn.", at_least=1
     )
     encode_batch_size: int = setting(
         32, "Views per forward pass without gradients, per process.", at_least=1
@@ -117,7 +115,7 @@ _FROZEN = ("head", "image_size", "mode", "stride", "blocks", "dtype", "seed")
 _TRAINED = ("max_steps", "batch_size", "lr", "weight_decay")
 RECORDED = {
     "linear": (*_FROZEN, *_TRAINED),
-    "knn": (*_FROZEN, "k", "temperature", "bank_size"),
+    "knn": (*_FROZEN, "k", "temperature", "tokens_per_class"),
     "upernet": (
         *_FROZEN,
         *_TRAINED,

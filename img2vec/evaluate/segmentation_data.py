@@ -4,10 +4,12 @@ A mask holds one number per pixel. SEG's options say which numbers are classes; 
 code works with are 0 to num_classes - 1, or IGNORED.
 """
 
+import errno
 import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -20,12 +22,13 @@ from img2vec.evaluate.masks import decode_mask
 from img2vec.evaluate.segmentation_sources import Pairs, open_pairs
 from tokdiv.data.decode import UnusableImage, decode_image
 from tokdiv.dist import Processes
-from tokdiv.errors import UsageError, first_line
+from tokdiv.errors import RunError, UsageError, first_line
 from tokdiv.progress import progress_bar
 
 log = logging.getLogger(__name__)
 
 MAX_CLASSES = 4096  # more are numbers of objects, or samples of a photograph
+SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # the machine's, no fault of a file
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -62,13 +65,26 @@ class SegmentationData:
 
     def image(self, position: int) -> torch.Tensor:
         """uint8 (3, H, W)."""
-        return decode_image(self.pairs.read_image(int(self.indices[position])))
+        index = int(self.indices[position])
+        with _readable(self.pairs.image_name(index)):
+            return decode_image(self.pairs.read_image(index))
 
     def labels(self, position: int) -> NDArray[np.int16]:
         """(H, W): 0 to num_classes - 1, or IGNORED."""
         index = int(self.indices[position])
-        values = decode_mask(self.pairs.read_mask(index), self.pairs.mask_name(index))
+        with _readable(name := self.pairs.mask_name(index)):
+            values = decode_mask(self.pairs.read_mask(index), name)
         return self.pairs.label_of[values].astype(np.int16)
+
+
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (UnusableImage, OSError) as error:
+        raise RunError(
+            f"'{name}' could be read at the start, and cannot now: {first_line(error)}"
+        ) from None
 
 
 def open_segmentation(
@@ -139,6 +155,10 @@ def _check_pairs(pairs: Pairs, group: Processes, workers: int) -> _Content:
         except UnusableImage as error:
             return name, error.reason
         except OSError as error:
+            if error.errno in SHORTAGES:
+                raise RunError(
+                    f"{first_line(error)}: use fewer --workers or raise ulimit -n"
+                ) from None
             return name, f"cannot be read: {first_line(error)}"
         if values.shape != (height, width):
             raise UsageError(

@@ -109,12 +109,13 @@ def in_batches(
 
     def outputs(waiting: list[tuple[Tensor, Any]]) -> Iterator[tuple[Tensor, Any]]:
         views = torch.cat([item for item, _ in waiting])
+        counts = [len(item) for item, _ in waiting]
+        parts = [
+            part.to(device, non_blocking=True) for part in views.split(batch_size) if len(part)
+        ]
         with enough_memory("--encode-batch-size", batch_size):
-            parts = [
-                network(part.to(device, non_blocking=True)) for part in views.split(batch_size)
-            ]
-        split = torch.cat(parts).split([len(item) for item, _ in waiting])
-        yield from ((output, rest) for output, (_, rest) in zip(split, waiting))
+            found = torch.cat([network(part) for part in parts] or [torch.empty(0)])
+        yield from zip(found.split(counts), [rest for _, rest in waiting])
 
     waiting: list[tuple[Tensor, Any]] = []
     for item in loaded:

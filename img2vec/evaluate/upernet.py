@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from img2vec.evaluate.classifier import parameter_groups
 from tokdiv.errors import UsageError
 from tokdiv.teachers.architecture import create_model
-from tokdiv.teachers.spec import CUSTOM, HANDCRAFTED
 from tokdiv.teachers.teacher import Teacher
 
 STRIDES = (4, 8, 16, 32)
@@ -143,7 +142,7 @@ def build_upernet(
             network with fewer than four stages.
     """
     spec = teacher.spec
-    if spec.architecture in HANDCRAFTED or spec.architecture == CUSTOM:
+    if spec.is_handcrafted or spec.is_custom:
         raise UsageError(
             f"{teacher.name} is '{spec.architecture}': --head upernet takes timm models"
         )

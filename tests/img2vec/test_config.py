@@ -47,8 +47,8 @@ def test_yaml_is_read_as_the_fields_types(tmp_path):
         ("a: [", "is not valid YAML"),
         ("preset: [a]", "unknown preset"),
         ("epochs: .inf", "epochs = inf: expected a whole number"),
-        ("weight_decay: .inf", "--weight-decay inf: expected a number, 0 or more"),
-        ("global_weight: .nan", "--global-weight nan: expected a number, 0 or more"),
+        ("weight_decay: .inf", "--weight-decay inf: expected a number of 0 or more"),
+        ("global_weight: .nan", "--global-weight nan: expected a number of 0 or more"),
         ("preset: vit_bsae", "unknown preset 'vit_bsae' .did you mean vit_base"),
     ],
 )

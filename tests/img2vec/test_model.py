@@ -5,11 +5,11 @@ import pytest
 import torch
 from small import SMALL, make_model, make_small_training, make_teacher
 
+from img2vec.attention import last_tokens
 from img2vec.config import make_config
 from img2vec.data import Batch
 from img2vec.masking import draw_mask
 from img2vec.model import (
-    _last_tokens,
     choose_attention,
     make_student,
     resolve_blocks,
@@ -289,9 +289,9 @@ def test_blocks_are_all_the_last_or_numbers():
 def test_the_decoders_last_block_computes_what_is_read_and_nothing_else():
     block = make_model(decoder_depth=1).decoder_blocks[0].double()
     tokens = torch.randn(2, 17, 32, dtype=torch.float64)
-    torch.testing.assert_close(_last_tokens(block, tokens, 6), block(tokens)[:, -6:])
+    torch.testing.assert_close(last_tokens(block, tokens, 6), block(tokens)[:, -6:])
     block.attn.fused_attn = False
-    torch.testing.assert_close(_last_tokens(block, tokens, 6), block(tokens)[:, -6:])
+    torch.testing.assert_close(last_tokens(block, tokens, 6), block(tokens)[:, -6:])
 
 
 def test_both_kinds_of_attention_give_the_same_losses():

@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 import timm
@@ -393,7 +392,7 @@ def test_a_ranking_means_its_winner_with_a_remark_where_it_is_not_certified(
     class Found:
         best = parse_specs(["hog"])[0]
         certified = False
-        certificate: ClassVar = {"best_certified": False}
+        best_certified = False
         teachers = ("hog", "pixels")
 
         def remarks(self):
@@ -467,9 +466,9 @@ def test_a_folder_with_other_files_is_refused(photos, tmp_path):
         ({"image_size": 80, "mask_unit": 32}, "80 is not a multiple of --mask-unit"),
         ({"student": "resnet18"}, "plain VisionTransformer"),
         ({"mask_ratio": 0.01}, "leaves none masked"),
-        ({"mask_ratio": 1.5}, "--mask-ratio 1.5: expected a number, above 0, below 1"),
+        ({"mask_ratio": 1.5}, "--mask-ratio 1.5: expected a number above 0 and below 1"),
         ({"blocks": "7"}, "--blocks '7'"),
-        ({"epochs": 0}, "--epochs 0: expected a whole number, 1 or more"),
+        ({"epochs": 0}, "--epochs 0: expected a whole number of 1 or more"),
         ({"warmup_epochs": 9}, "--warmup-epochs 9 is longer than the 4 epochs"),
         ({"decoder_dim": 100}, "--decoder-dim 100: expected a multiple of 32"),
         ({"epoch_size": 100}, "--epoch-size 100: .* holds 24 images"),

@@ -65,9 +65,9 @@ def test_options_go_before_the_file_and_the_file_before_the_preset(
 @pytest.mark.parametrize(
     ("arguments", "code", "expected"),
     [
-        (["--mask-ratio", "0"], 2, "--mask-ratio 0.0: expected a number, above 0, below 1"),
+        (["--mask-ratio", "0"], 2, "--mask-ratio 0.0: expected a number above 0 and below 1"),
         (["--epochs", "some"], 2, "--epochs"),
-        (["--dtype", "int8"], 2, "dtype = 'int8': expected one of auto, float32, bfloat16"),
+        (["--dtype", "int8"], 2, "--dtype int8: expected one of auto, float32, bfloat16"),
         (["--config", "none.yaml"], 2, "'none.yaml': no such file"),
         (["--student", "resnet18"], 2, "plain VisionTransformer"),
         (["--teacher", "pixles"], 2, "pixels"),
@@ -118,15 +118,16 @@ def small_file(tmp_path) -> Path:
 
 
 def test_a_teacher_of_the_users_own_code_is_run_said_and_resumed(
-    photos, tmp_path, monkeypatch, capsys, caplog, own_network, small_file
+    photos, tmp_path, monkeypatch, capsys, own_network, small_file
 ):
     common = ["pretrain", photos, "--config", small_file, "--teacher-module", own_network]
     for out, steps in (("cut", 2), ("cut", 5), ("whole", 5)):
         assert _call(monkeypatch, *common, "-o", tmp_path / out, "--max-steps", steps) == 0
-        assert f"running your code: {own_network}" in capsys.readouterr().err + caplog.text
+        said = capsys.readouterr().err
+        assert f"running your code: {own_network}" in said
         expected = "mine is made by code of your own: without that code this run cannot be resumed"
-        assert expected in caplog.text
-    assert caplog.text.count("resuming") == 1
+        assert expected in said
+    assert "resuming" not in said
     cut, whole = (
         [
             json.loads(line)["loss"]

@@ -1,9 +1,11 @@
 """The measuring loop: right scores, right images, and an end at the right moment, whatever the batch size."""
 
 import dataclasses
+import inspect
 import io
 import json
 import math
+import typing
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,6 +32,7 @@ import tokdiv.data.loader
 import tokdiv.measure
 from tokdiv import Teacher
 from tokdiv.certify import certify_order, look_schedule
+from tokdiv.config import Settings
 from tokdiv.data.open import open_source
 from tokdiv.errors import RunError, UsageError
 from tokdiv.judge import Judge, Plan, Share, Verdict
@@ -328,6 +331,18 @@ def test_centred_similarity_is_null_where_no_image_is_left_for_it(noisy: Path) -
     assert few.teachers[0].centred_similarity is None
     one_more = tokdiv.rank(noisy, [patches()], max_images=259, batch_size=64, **TINY)
     assert one_more.teachers[0].centred_similarity is not None
+
+
+def test_the_arguments_of_rank_are_the_settings() -> None:
+    parameters = inspect.signature(tokdiv.rank).parameters
+    fields = {field.name: field for field in dataclasses.fields(Settings)}
+    own = {"data", "teachers", "out", "resume", "report"}
+    assert parameters.keys() == own | fields.keys()
+    assert {name: parameters[name].default for name in fields} == {
+        name: field.default for name, field in fields.items()
+    }
+    hints = typing.get_type_hints(Settings)
+    assert {n: parameters[n].annotation for n in fields} == {n: hints[n] for n in fields}
 
 
 class TestOrder:

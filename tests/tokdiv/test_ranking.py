@@ -2,21 +2,25 @@
 
 import csv
 import json
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from fakes import SIZE, coded_tar, coded_teacher, similarities
 
 import tokdiv
+from tokdiv import Teacher, run_config
 from tokdiv.certify import certify_order
 from tokdiv.config import Settings
 from tokdiv.data.open import open_source
-from tokdiv.errors import UsageError
-from tokdiv.run_config import stored_batch_size, write_config
+from tokdiv.errors import RunError, UsageError
 from tokdiv.run_dir import open_run_dir
+from tokdiv.tables import ranking_text
 
 COUNT = 200
 TINY = {"workers": 2, "dtype": "float32", "device": "cpu", "image_size": SIZE, "report": False}
@@ -123,22 +127,36 @@ def test_config_tells_how_it_was_made(run: Path) -> None:
 
 
 def test_config_tells_of_how_many_processes_it_was(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert json.loads((run / "config.json").read_text())["world"] == 1
     monkeypatch.setenv("WORLD_SIZE", "3")
     source = open_source(str(run.parent / "images.tar"))
-    write_config(tmp_path, source, Settings(), [tokdiv.TeacherSpec("x", "hog")], {})
-    assert json.loads((tmp_path / "config.json").read_text())["world"] == 3
+    assert (
+        run_config.describe(source, Settings(), [tokdiv.TeacherSpec("x", "hog")], {})["world"] == 3
+    )
 
 
-@pytest.mark.parametrize(("size", "expected"), [(16, 16), ("auto", None), (None, None)])
-def test_the_batch_size_of_a_run(run: Path, size: object, expected: int | None) -> None:
+@pytest.mark.parametrize(
+    ("size", "expected"), [(16, 16), ("auto", None), (None, None), (True, None), (-1, None)]
+)
+def test_the_batch_size_of_a_run(
+    run: Path, tmp_path: Path, size: object, expected: int | None
+) -> None:
     config = json.loads((run / "config.json").read_text())
     config["settings"]["batch_size"] = size
-    assert stored_batch_size(config) == expected
-    for damaged in ({}, {"settings": None}, {"settings": []}):
-        assert stored_batch_size(damaged) is None
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert run_config.read_previous(tmp_path).batch_size == expected
+    for damaged in (
+        "{}",
+        '{"settings": null}',
+        '{"settings": [], "images_per_second": {}}',
+        "[",
+        "\xff",
+    ):
+        (tmp_path / "config.json").write_text(damaged)
+        assert run_config.read_previous(tmp_path) == run_config.Previous(None, {})
+    assert run_config.read_previous(tmp_path / "gone") == run_config.Previous(None, {})
 
 
 def test_a_run_has_one_writer_at_a_time(run: Path, tmp_path: Path) -> None:
@@ -274,3 +292,122 @@ def test_equal_teachers_are_both_the_best() -> None:
     scores = np.tile([0.1, 0.1, 0.7], (500, 1))
     certificate = certify_order(scores, 500, 0.01, 0.002)
     assert certificate.best_of([0, 1, 2]) == [0, 1]
+
+
+class TestDeadTeachers:
+    """A network whose tokens are zero has similarity 0: it would win if it could."""
+
+    data_count = 100
+
+    @pytest.fixture(scope="class")
+    def data(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        return coded_tar(tmp_path_factory.mktemp("dead") / "images.tar", self.data_count)
+
+    @staticmethod
+    def dying(share: float) -> Teacher:
+        """Four tokens an image, of which the first are zero in so many of the images."""
+
+        def tokens(images: torch.Tensor) -> torch.Tensor:
+            found = torch.nn.functional.avg_pool2d(images + 1, 16).flatten(2).transpose(1, 2)
+            zero = (images[:, :, 0, 0] * 1000).sum(dim=1).long() % 100 < 100 * share
+            return torch.where(zero[:, None, None], 0.0, found)
+
+        return Teacher(torch.nn.Identity(), tokens=tokens, size=SIZE, name="dying")
+
+    @pytest.mark.parametrize("certify", ["order", "best", "none"])
+    def test_a_teacher_of_zero_tokens_does_not_win(
+        self, data: Path, tmp_path: Path, certify: str
+    ) -> None:
+        dead = Teacher(torch.nn.Conv2d(3, 4, 16, 16), size=SIZE, name="dead")
+        for parameter in dead.module.parameters():
+            parameter.zero_()
+        alive = coded_teacher("alive", COLUMNS[2])
+        ranking = tokdiv.rank(data, [dead, alive], tmp_path / "RUN", certify=certify, **TINY)
+        assert ranking.best_name == "alive" and ranking.eligible == ["alive"]
+        assert ranking["dead"].zero_tokens == 1 and ranking["alive"].zero_tokens == 0
+        assert ranking["dead"].rank == 1  # it is shown where it stands
+        assert "dead cannot win: 100% of its tokens are zero" in " ".join(ranking.remarks())
+        assert tokdiv.load_ranking(tmp_path / "RUN") == ranking
+        assert ranking["alive"].images >= 64  # and it was not dropped for the dead one
+
+    def test_if_no_other_may_win_the_run_ends_early_and_says_why(
+        self, data: Path, tmp_path: Path
+    ) -> None:
+        teachers = ["pixels", self.dying(0.5)]
+        with pytest.raises(
+            RunError, match=r"dying: more than 1% of the tokens are zero.*another -o"
+        ):
+            tokdiv.rank(data, teachers, tmp_path / "RUN", certify="none", **TINY)
+        assert not (tmp_path / "RUN" / "ranking.json").exists()
+        allowed = tokdiv.rank(data, teachers, certify="none", allow_baselines=True, **TINY)
+        assert allowed.best_name == "pixels"
+
+    def test_a_few_zero_tokens_do_not_matter(self, data: Path) -> None:
+        ranking = tokdiv.rank(data, [self.dying(0.01), coded_teacher("a", COLUMNS[0])], **TINY)
+        assert ranking["dying"].zero_tokens <= 0.01
+        assert set(ranking.eligible) == {"dying", "a"}
+
+    def test_flat_images_do_not_make_hog_ineligible(self, data: Path) -> None:
+        ranking = tokdiv.rank(data, ["hog"], **TINY)  # images of one color have no gradients
+        assert ranking["hog"].zero_tokens == 1 and ranking.best_name == "hog"
+
+
+DAMAGES: list[Any] = [
+    None,
+    -1,
+    0,
+    1.5,
+    float("nan"),
+    "",
+    "x",
+    [],
+    {},
+    [[]],
+    True,
+    10**400,
+    "\ud800",
+]
+
+
+def test_a_damaged_ranking_is_refused_in_one_line_or_shown(
+    run: Path, content: dict, tmp_path: Path
+) -> None:
+    """Every value is replaced by others, every entry removed: a ranking is read, or a UsageError says why not."""
+    copy = tmp_path / "RUN"
+    copy.mkdir()
+    refused = shown = 0
+    generator = random.Random(0)
+    for path in places(content):
+        for damage in ["gone", *generator.sample(DAMAGES, 3)]:
+            damaged = replaced(content, path, damage)
+            (copy / "ranking.json").write_text(json.dumps(damaged))
+            try:
+                ranking = tokdiv.load_ranking(copy)
+            except UsageError as error:
+                refused += len(str(error).splitlines()) == 1
+                continue
+            shown += 1
+            ranking.remarks(), ranking.verdict(), ranking.table, ranking_text(ranking, copy)
+            ranking.pair(*ranking.names[:2])
+            json.dumps(ranking.to_dict())
+    assert refused > 500 and shown > 50  # of a spec, many fields may be anything
+
+
+def places(content: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    items = content.items() if isinstance(content, dict) else enumerate(content)
+    for key, value in items:
+        yield (*path, key)
+        if isinstance(value, (dict, list)):
+            yield from places(value, (*path, key))
+
+
+def replaced(content: Any, path: tuple[Any, ...], value: Any) -> Any:
+    content = json.loads(json.dumps(content))
+    inner = content
+    for key in path[:-1]:
+        inner = inner[key]
+    if value == "gone":
+        del inner[path[-1]]
+    else:
+        inner[path[-1]] = value
+    return content

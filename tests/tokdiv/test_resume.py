@@ -5,12 +5,14 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -28,10 +30,12 @@ from fakes import (
 
 import tokdiv
 import tokdiv.judge
+import tokdiv.measure
 import tokdiv.run_dir
 import tokdiv.scores
 import tokdiv.state
 from tokdiv import Teacher
+from tokdiv.data.loader import Batch
 from tokdiv.errors import Interrupted, RunError, UsageError
 
 COUNT = 600
@@ -249,6 +253,72 @@ def test_damaged_state_is_measured_again(
     rest = teachers()
     tokdiv.rank(coded, rest, out, certify="none", batch_size=10, **TINY)
     assert passes(rest) > COUNT - 500
+    assert files(out) == undisturbed["none"]
+
+
+def test_the_state_of_a_run_of_another_seed_is_measured_again(
+    coded: Path, undisturbed: dict[str, dict[str, str]], tmp_path: Path
+) -> None:
+    out, other = tmp_path / "RUN", tmp_path / "OTHER"
+    interrupt(out, coded, 300)
+    interrupt(other, coded, 400, seed=1)
+    shutil.rmtree(out / "state")
+    (other / "state").rename(out / "state")
+    rest = teachers()
+    tokdiv.rank(coded, rest, out, certify="none", batch_size=10, **TINY)
+    assert passes(rest) == COUNT - 3
+    assert files(out) == undisturbed["none"]
+
+
+@pytest.mark.parametrize("shift", [True, False])
+def test_edited_scores_are_measured_again(
+    coded: Path, undisturbed: dict[str, dict[str, str]], tmp_path: Path, shift: bool
+) -> None:
+    out = tmp_path / "RUN"
+    interrupt(out, coded, 300)
+    (chunk,) = (out / "state").glob("scores-*.parquet")
+    stored = pd.read_parquet(chunk)
+    if shift:
+        stored["position"] += 1
+    else:
+        stored["a"] = 0.5
+    stored.to_parquet(chunk)
+    tokdiv.rank(coded, teachers(), out, certify="none", batch_size=10, **TINY)
+    assert files(out) == undisturbed["none"]
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_data_that_vanish_are_stored_as_nothing_and_the_run_goes_on_when_they_are_back(
+    coded: Path,
+    undisturbed: dict[str, dict[str, str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    ahead: int,
+) -> None:
+    """The reader gives up after some images that cannot be read, of which a few came in a batch before."""
+    out, read = tmp_path / "RUN", tokdiv.measure.read_batches
+    vanish_at = 20 + 10 * ahead
+
+    def vanishing(*arguments: Any, **options: Any) -> Iterator[Batch]:
+        for number, batch in enumerate(read(*arguments, **options)):
+            if number == vanish_at:
+                raise RunError("'images.tar' cannot be read any more (Stale file handle)")
+            if number == vanish_at - 1:
+                gone = 4
+                reasons = [*batch.reasons[:-gone], *["cannot be read: Stale file handle"] * gone]
+                usable = np.array([reason is None for reason in reasons])
+                views = {size: view[: usable.sum()] for size, view in batch.views.items()}
+                batch = Batch(batch.positions, batch.keys, usable, reasons, views)
+            yield batch
+
+    monkeypatch.setattr(tokdiv.measure, "read_batches", vanishing)
+    settings = {"certify": "none", "batch_size": 10, **TINY}
+    with pytest.raises(RunError, match="cannot be read any more"):
+        tokdiv.rank(coded, teachers(), out, **settings)
+    monkeypatch.undo()
+    rest = teachers()
+    tokdiv.rank(coded, rest, out, **settings)
+    assert passes(rest) < COUNT - 3 - 150  # what was measured before is kept
     assert files(out) == undisturbed["none"]
 
 

@@ -100,7 +100,10 @@ def write_report(
         correspondence=_draw_correspondence(measured, colors) if measured else None,
         noise=ranking.about_noise(),
         matrix=pair_matrix(ranking, evidence) if evidence else [],
-        evidence=draw_evidence(ranking, evidence, colors) if evidence else None,
+        # One look is a point, and no curve.
+        evidence=draw_evidence(ranking, evidence, colors)
+        if evidence and len(evidence.images) > 1
+        else None,
         max_open_pairs=MAX_OPEN_PAIRS,
         maps=maps,
         without_maps=without_maps,

@@ -23,6 +23,11 @@ FORBIDDEN = re.compile(
 )
 
 
+# No network is larger; from a file of others, such numbers would take all memory.
+LARGEST, MOST_LAYERS = 65_536, 1_000
+COUNTS_LAYERS = re.compile(r"depth|layers|stages|blocks|num_")
+
+
 def create_model(
     architecture: str, arguments: Mapping[str, Any], name: str = "", **own: Any
 ) -> Any:
@@ -73,8 +78,11 @@ def check_arguments(architecture: str, arguments: Mapping[str, Any], name: str =
             )
         if not _is_plain(value):
             raise UsageError(
-                f"{prefix}{key} = {value!r}: expected a number, a text, true, false, or a list of them"
+                f"{prefix}{key} = {value!r:.80}: expected a number, a text, true, false, or a list of them"
             )
+        largest = MOST_LAYERS if COUNTS_LAYERS.search(key) else LARGEST
+        if max(map(abs, _numbers(value)), default=0) > largest:
+            raise UsageError(f"{prefix}{key} = {value!r:.80}: expected numbers up to {largest}")
 
 
 def constructor_arguments(architecture: str) -> set[str]:
@@ -101,6 +109,13 @@ def _parameters(kind: type) -> Iterable[str]:
         )
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             return
+
+
+def _numbers(value: Any) -> list[float]:
+    if isinstance(value, (list, tuple, dict)):
+        entries = value.values() if isinstance(value, dict) else value
+        return [number for entry in entries for number in _numbers(entry)]
+    return [value] if isinstance(value, (int, float)) else []
 
 
 def _is_plain(value: Any) -> bool:

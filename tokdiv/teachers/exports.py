@@ -81,7 +81,7 @@ def spec_of_path(path: Path, name: str) -> TeacherSpec | None:
             file = checkpoints / Path(last.read_text().strip()).name
         elif steps:
             file = steps[-1]
-    return _of_checkpoint(file, name) if file.is_file() else None
+    return _of_checkpoint(file, name) if file.is_file() and file.suffix == ".pt" else None
 
 
 def weights_in(folder: Path) -> Path | None:

@@ -204,6 +204,7 @@ LAYOUTS = (
             (r"^embeddings\.", ""),
             (r"^((encoder|model)\.)?layers?\.(\d+)\.", r"blocks.\3."),
             (r"^(encoder\.relative_position_bias|shared_position_bias)\.", "rel_pos_bias."),
+            (r"^(blocks\.\d+)\.relative_position_bias\.", r"\1.attn."),
             (r"^rope_embeddings\..*", ""),
             (r"\.attention\.(attention\.)?query\.", ".attn.q_proj."),
             (r"\.attention\.(attention\.)?key\.", ".attn.k_proj."),

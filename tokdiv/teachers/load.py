@@ -258,6 +258,8 @@ def _check_model(spec: TeacherSpec, size: int, model: nn.Module) -> None:
             f"wrap it with tokdiv.Teacher(model, tokens=FUNCTION)"
         )
     blocks = len(getattr(model, "feature_info", ()))
+    if not blocks:
+        raise UsageError(f"{spec.name}: {spec.architecture} with {spec.arguments} has no blocks")
     if spec.block is not None and spec.block >= blocks:
         raise UsageError(
             f"{spec.name}: blocks={spec.block}: {spec.architecture} has blocks 0 to {blocks - 1}"

@@ -101,7 +101,8 @@ def _names_a_path(text: str) -> bool:
     base = body[: _base_end(body)]
     begin = _path_begin(base)
     # A comma after the path starts the next SPEC: no option has one.
-    return begin is not None and "," in base[begin:] and _exists(base[begin:])
+    path = None if begin is None else base[begin:]
+    return path is not None and "," in path and "," not in body[len(base) :] and _exists(path)
 
 
 def _path_begin(body: str) -> int | None:

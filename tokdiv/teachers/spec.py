@@ -21,8 +21,8 @@ Triple = tuple[float, float, float]
 
 TEXTS = ("weights", "sha256", "interpolation", "method", "license", "paper")
 WHOLE_NUMBERS = {  # smallest and largest value of a field
-    "input_size": (1, 16_384),
-    "size": (1, 16_384),
+    "input_size": (1, 8192),
+    "size": (1, 8192),
     "block": (0, 10_000),
     "seed": (0, 2**63 - 1),
 }

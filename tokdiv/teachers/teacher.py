@@ -205,41 +205,49 @@ class Teacher(nn.Module):
 
     def _probe(self, grid: tuple[int, int] | None) -> tuple[tuple[int, int], int]:
         """The grid and width of the tokens, from one black image."""
+        if any(parameter.is_meta for parameter in self.module.parameters()):
+            raise UsageError(f"{self.name} has no weights (meta device): load them first")
         black = torch.zeros(1, 3, self.size, self.size, device=self.mean.device)
         try:
             with torch.no_grad():
                 output = self._features(black)
-        except (AssertionError, RuntimeError, ValueError, TypeError) as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever a user's own network raises
             raise UsageError(
                 f"{self.name} cannot take images of {self.size} px: {first_line(error)}"
             ) from error
-        if isinstance(output, Tensor) and not output.is_floating_point():
-            raise UsageError(
-                f"{self.name} returned tokens of {output.dtype}: expected floating point"
-            )
-        if isinstance(output, Tensor) and output.ndim == 4 and len(output) == 1:
-            return (output.shape[2], output.shape[3]), output.shape[1]
-        if isinstance(output, Tensor) and output.ndim == 3 and len(output) == 1:
-            K, C = output.shape[1:]
-            side = round(K**0.5)
-            if grid is None and K in {n * n + 1 for n in range(7, 65)}:
+        found = type(output).__name__
+        if isinstance(output, Tensor):
+            found = f"shape {tuple(output.shape)}"
+            if not output.is_floating_point():
                 raise UsageError(
-                    f"{self.name} gives {K} tokens, a square and one more: leave the CLS token out, or pass "
-                    f"grid=(ROWS, COLUMNS) if they are all spatial"
+                    f"{self.name} returned tokens of {output.dtype}: expected floating point"
                 )
-            grid = grid or ((side, side) if side * side == K else (1, K))
-            if grid[0] * grid[1] != K:
-                raise UsageError(
-                    f"{self.name} gives {K} tokens, which are not a grid of {grid[0]} x {grid[1]}"
-                )
-            return grid, C
-        found = (
-            f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
-        )
+            if len(output.shape) in (3, 4) and len(output) == 1 and 0 not in output.shape:
+                if output.ndim == 4:
+                    return (output.shape[2], output.shape[3]), output.shape[1]
+                K, C = output.shape[1:]
+                return self._grid(K, grid), C
         raise UsageError(
             f"{self.name} returned {found} for one image: expected a feature map (1, C, H, W) or tokens "
             f"(1, K, C); pass tokens=FUNCTION to make them"
         )
+
+    def _grid(self, num_tokens: int, grid: tuple[int, int] | None) -> tuple[int, int]:
+        """Rows and columns of tokens that are no feature map."""
+        if grid is None and num_tokens in {n * n + 1 for n in range(7, 65)}:
+            raise UsageError(
+                f"{self.name} gives {num_tokens} tokens, a square and one more: leave the CLS token out, or pass "
+                f"grid=(ROWS, COLUMNS) if they are all spatial"
+            )
+        side = round(num_tokens**0.5)
+        grid = grid or ((side, side) if side * side == num_tokens else (1, num_tokens))
+        if grid[0] * grid[1] != num_tokens:
+            raise UsageError(
+                f"{self.name} gives {num_tokens} tokens, which are not a grid of {grid[0]} x {grid[1]}"
+            )
+        return grid
 
 
 def _token_function(

@@ -96,7 +96,9 @@ _ENTRIES = (
     _map("dinov3_convnext_small", "convnext_small.dinov3_lvd1689m", 49, 768, 49_453_152, DINOV3),
     _map("dinov3_convnext_base", "convnext_base.dinov3_lvd1689m", 49, 1024, 87_564_416, DINOV3),
     _map("dinov3_convnext_large", "convnext_large.dinov3_lvd1689m", 49, 1536, 196_227_264, DINOV3),
-    _vit("clip_vit_base", "vit_base_patch16_clip_224.openai", 196, 768, 85_799_424, CLIP),
+    # OpenAI trained with QuickGELU; timm's vit_base_patch16_clip_224 computes with GELU on the same weights.
+    _vit("clip_vit_base", "vit_base_patch16_clip_quickgelu_224", 196, 768, 85_799_424, CLIP,
+         weights="hf-hub:timm/vit_base_patch16_clip_224.openai"),
     _map("clip_resnet50", "resnet50_clip.openai", 49, 2048, 23_527_264, CLIP, license="mit"),
     _map("fcmae_convnextv2_tiny", "convnextv2_tiny.fcmae", 49, 768, 27_864_960, FCMAE),
     _map("fcmae_convnextv2_base", "convnextv2_base.fcmae", 49, 1024, 87_690_752, FCMAE),

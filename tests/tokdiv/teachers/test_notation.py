@@ -91,6 +91,38 @@ def test_the_contract_s_example_is_read_as_written():
     )
 
 
+# Weights on a server, on the hub, and under an older name
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("https://example.org/a/w.pth", "w.pth"),
+        ("https://example.org:8080/a/w.pth", "w.pth"),
+        ("http://localhost:1/w.safetensors?download=true", "w.safetensors?download=true"),
+        ("hf-hub:owner/repo", "repo"),
+        ("hf-hub:owner/repo@v1", "repo@v1"),
+    ],
+)
+def test_an_architecture_takes_weights_from_elsewhere(source: str, name: str):
+    spec = one(f"timm:resnet18@{source}")
+    assert (spec.architecture, spec.weights) == ("resnet18", source)
+    assert spec.name == f"timm:resnet18@{name}"
+    spec = one(f"mine=timm:resnet18@{source}:size=64:weights=raw")
+    assert (spec.name, spec.weights, spec.size, spec.use_ema) == ("mine", source, 64, False)
+    assert [s.weights for s in parse_specs([f"pixels,timm:resnet18@{source},hog"])] == [
+        None,
+        source,
+        None,
+    ]
+
+
+def test_a_repository_of_the_hub_is_its_own_architecture_until_it_is_loaded():
+    spec = one("hf-hub:timm/resnet18.a1_in1k:size=64:mean=0.5")
+    assert spec.architecture == spec.weights == "hf-hub:timm/resnet18.a1_in1k"
+    assert (spec.size, spec.mean) == (64, (0.5, 0.5, 0.5))
+
+
 # Labels
 
 
@@ -196,10 +228,10 @@ def test_other_keys_are_arguments_of_the_architecture_with_plain_types():
 @pytest.mark.parametrize(
     ("option", "said"),
     [
-        ("blocks=-1", "block = -1: expected a whole number, 0 or more"),
-        ("blocks=last", "block = 'last': expected a whole number, 0 or more"),
-        ("size=0", "size = 0: expected a whole number, 1 or more"),
-        ("size=2.5", "size = 2.5: expected a whole number, 1 or more"),
+        ("blocks=-1", "block = -1: expected a whole number from 0 to"),
+        ("blocks=last", "block = 'last': expected a whole number from 0 to"),
+        ("size=0", "size = 0: expected a whole number from 1 to"),
+        ("size=2.5", "size = 2.5: expected a whole number from 1 to"),
         ("norm=yes", "norm = 'yes': expected true or false"),
         ("mean=gray", "mean = 'gray': expected one number or three (R, G, B)"),
         ("mean=0.5/0.5", "expected one number or three (R, G, B)"),
@@ -373,10 +405,10 @@ ENTRY = '[[teachers]]\nname = "a"\narchitecture = "resnet18"\n'
         ('[[teachers]]\narchitecture = "resnet18"', "the field 'name' is missing"),
         ('[[teachers]]\nname = "a"', "the field 'architecture' is missing"),
         (ENTRY + "sizes = 64", "unknown field 'sizes' of a teacher (did you mean size"),
-        (ENTRY + 'size = "64"', "size = '64': expected a whole number, 1 or more"),
+        (ENTRY + 'size = "64"', "size = '64': expected a whole number from 1 to"),
         (ENTRY + "size = true", "size = True: expected a whole number"),
-        (ENTRY + "size = 0", "size = 0: expected a whole number, 1 or more"),
-        (ENTRY + "block = -1", "block = -1: expected a whole number, 0 or more"),
+        (ENTRY + "size = 0", "size = 0: expected a whole number from 1 to"),
+        (ENTRY + "block = -1", "block = -1: expected a whole number from 0 to"),
         (ENTRY + "norm = 1", "norm = 1: expected true or false"),
         (ENTRY + "mean = [0.5, 0.5]", "expected one number or three (R, G, B)"),
         (ENTRY + 'mean = "gray"', "expected one number or three (R, G, B)"),
@@ -399,6 +431,18 @@ def test_a_mistake_in_a_toml_file_is_named(text: str, said: str):
 def test_a_missing_toml_file_is_named():
     assert mistake("gone.toml") == (
         "'gone.toml': no such file; expected a TOML file that lists teachers"
+    )
+
+
+def test_a_deeply_nested_toml_file_is_a_mistake():
+    assert "is not valid TOML" in mistake(write("teachers = " + "[" * 100_000))
+    assert "is not valid TOML" in mistake(write("a = {b = " * 10_000))
+
+
+def test_control_characters_in_a_toml_file_s_label_are_a_mistake():
+    text = '[[teachers]]\nname = "a\\u0007b"\narchitecture = "resnet18"\n'
+    assert r"name = 'a\x07b' of a teacher: expected a text that can be printed" in mistake(
+        write(text)
     )
 
 

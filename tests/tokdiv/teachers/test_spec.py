@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+import timm
 
 from tokdiv.errors import UsageError
 from tokdiv.teachers.spec import LoadedSpec, TeacherSpec
@@ -60,15 +61,29 @@ def test_an_unknown_field_of_a_recorded_spec_is_a_mistake():
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"size": 0}, "t: size = 0: expected a whole number, 1 or more"),
+        ({"size": 0}, "t: size = 0: expected a whole number from 1 to 8192"),
         ({"size": 2.0}, "t: size = 2.0: expected a whole number"),
-        ({"seed": True}, "t: seed = True: expected a whole number, 0 or more"),
+        ({"seed": True}, "t: seed = True: expected a whole number from 0 to"),
         ({"norm": 1}, "t: norm = 1: expected true or false"),
         ({"mean": (0.1, 0.2)}, "expected one number or three"),
-        ({"std": 0}, "expected positive numbers"),
+        ({"std": 0}, "expected positive numbers up to 1"),
+        ({"std": (0.2, -0.2, 0.2)}, "expected positive numbers up to 1"),
+        ({"mean": -0.1}, "expected numbers from 0 to 1"),
+        ({"mean": 1.01}, "expected numbers from 0 to 1"),
+        (
+            {"mean": (123.675, 116.28, 103.53)},
+            "expected numbers from 0 to 1; of pixels from 0 to 255, mean=0.485/0.456/0.406",
+        ),
+        ({"std": (58.395, 57.12, 57.375)}, "of pixels from 0 to 255, std=0.229/0.224/0.225"),
+        ({"seed": 2**64}, "expected a whole number from 0 to"),
+        ({"size": 1_000_000}, "expected a whole number from 1 to 8192"),
         ({"weights": 5}, "t: weights = 5: expected a text"),
         ({"arguments": [1]}, "expected a table of key = value"),
-        ({"name": ""}, "name = '' of a teacher: expected a text"),
+        ({"name": ""}, "name = '' of a teacher: expected a text that can be printed"),
+        ({"name": "a\x00b"}, r"name = 'a\x00b' of a teacher: expected a text that can be printed"),
+        ({"name": "a\nb"}, "expected a text that can be printed"),
+        ({"name": "\x1b[31m"}, "expected a text that can be printed"),
+        ({"name": "\udcff"}, "expected a text that can be printed"),
         ({"architecture": None}, "architecture = None of a teacher: expected a text"),
     ],
 )
@@ -83,6 +98,12 @@ def test_fields_are_checked_however_a_spec_is_made(fields: dict, said: str):
         assert said in str(caught.value)
     with pytest.raises(UsageError):
         dataclasses.replace(SPEC, **fields)
+
+
+def test_every_mean_and_std_that_timm_publishes_is_in_range():
+    for name in timm.list_pretrained():
+        published = timm.get_pretrained_cfg(name)
+        TeacherSpec("t", name, mean=tuple(published.mean), std=tuple(published.std))
 
 
 def test_handcrafted_and_untrained_networks_are_baselines():

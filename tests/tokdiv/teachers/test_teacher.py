@@ -336,6 +336,11 @@ def test_the_size_is_the_spec_s_else_the_run_s_else_224():
         ("timm:mobilenetv2_035@random:size=64:color=3", "does not take these arguments"),
         ("timm:test_vit@random:size=64:color=3", "does not take these arguments"),
         ("timm:test_vit@random:size=64:num_heads=7", "cannot make test_vit for 64 px"),
+        ("timm:test_vit@random:size=64:depth=0", "test_vit with {'depth': 0} has no blocks"),
+        ("timm:test_vit@random:size=64:patch_size=0", "cannot make test_vit for 64 px"),
+        ("timm:test_vit@random:size=64:in_chans=1", "cannot take images of 64 px"),
+        ("timm:test_vit@random:size=1000000", "expected a whole number from 1 to 8192"),
+        ("timm:test_vit@random:seed=" + "9" * 30, "expected a whole number from 0 to "),
         ("timm:test_vitt@random", "timm has no model 'test_vitt' (did you mean test_vit"),
         (
             "timm:vit_base_patch16_224.dinoo",
@@ -345,6 +350,30 @@ def test_the_size_is_the_spec_s_else_the_run_s_else_224():
 )
 def test_what_an_architecture_cannot_do_is_said(text: str, said: str):
     assert said in mistake(load_teacher, text)
+
+
+def test_a_deprecated_name_of_timm_is_today_s(tmp_path: Path):
+    published = complete(parse_specs(["timm:vit_base_patch16_224_dino"])[0])
+    assert published.architecture == "vit_base_patch16_224.dino"
+    assert published.weights == "hf-hub:timm/vit_base_patch16_224.dino"
+    assert complete(TeacherSpec("t", "vit_base_patch16_224_dino", "random")).mean == MEAN
+
+
+def test_weights_that_another_activation_was_trained_with_are_remarked_on(
+    caplog: pytest.LogCaptureFixture,
+):
+    complete(parse_specs(["timm:vit_base_patch16_clip_224.openai"])[0])
+    (message,) = caplog.messages
+    assert "natively QuickGELU" in message
+    assert message.endswith("write timm:vit_base_patch16_clip_quickgelu_224.openai")
+    caplog.clear()
+    for text in (
+        "timm:vit_base_patch16_clip_quickgelu_224.openai",
+        "timm:vit_base_patch16_clip_224.laion2b",
+        "clip_vit_base",
+    ):
+        complete(parse_specs([text])[0])
+    assert not caplog.messages
 
 
 def test_an_architecture_without_weights_is_told_which_have_some():
@@ -480,6 +509,16 @@ class Patches(nn.Module):
         return {"tokens": torch.cat([tokens.mean(1, keepdim=True), tokens], dim=1)}
 
 
+class Raises(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        raise KeyError("no such key")
+
+
+class Nothing(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        return images[:, :0]
+
+
 def test_tokens_may_be_a_feature_map_or_tokens(images: Tensor):
     conv = nn.Conv2d(3, 8, 16, stride=16)
     as_map = Teacher(conv, size=64)
@@ -530,6 +569,9 @@ def test_a_cls_token_is_not_counted_and_other_shapes_may_say_their_grid(images: 
         (Patches(), "returned dict for one image: expected a feature map (1, C, H, W) or tokens"),
         (nn.Flatten(), "returned shape (1, 12288) for one image"),
         (nn.Linear(3, 3), "cannot take images of 64 px"),
+        (Raises(), "mine cannot take images of 64 px: 'no such key'"),
+        (Nothing(), "returned shape (1, 0, 64, 64) for one image"),
+        (nn.Conv2d(3, 8, 16, stride=16, device="meta"), "mine has no weights (meta device)"),
     ],
 )
 def test_a_module_that_gives_no_tokens_is_told_what_to_do(module: nn.Module, said: str):

@@ -21,15 +21,28 @@ def name(spec: TeacherSpec) -> str:
 
 @pytest.mark.parametrize("spec", FROM_TIMM, ids=name)
 def test_an_entry_from_timm_says_what_timm_s_configuration_says(spec: TeacherSpec):
-    tag = (spec.weights or "").removeprefix("hf-hub:timm/")
-    published = timm.get_pretrained_cfg(tag)
-    assert published is not None, f"timm has no {tag}"
+    tag = (spec.weights or "").partition(".")[2]
+    published = timm.get_pretrained_cfg(f"{spec.architecture}.{tag}")
+    assert published is not None, f"timm has no {spec.architecture}.{tag}"
     assert spec.weights == f"hf-hub:{published.hf_hub_id}"
-    assert spec.architecture == published.architecture == tag.partition(".")[0]
+    assert spec.architecture == published.architecture
     assert (spec.mean, spec.std) == (tuple(published.mean), tuple(published.std))
     assert spec.input_size == published.input_size[1] == published.input_size[2]
     assert spec.interpolation == published.interpolation
     assert spec.license == published.license
+
+
+@pytest.mark.parametrize("spec", FROM_TIMM, ids=name)
+def test_no_entry_computes_otherwise_than_timm_s_notes_say(spec: TeacherSpec):
+    tag = (spec.weights or "").partition(".")[2]
+    for note in timm.get_pretrained_cfg(f"{spec.architecture}.{tag}").notes or ():
+        assert ("QuickGELU" in note) <= ("quickgelu" in spec.architecture), note
+
+
+def test_clip_s_vit_computes_with_quickgelu():
+    with torch.device("meta"):
+        model = timm.create_model(ZOO["clip_vit_base"].architecture)
+    assert type(model.blocks[0].mlp.act).__name__ == "QuickGELU"
 
 
 @pytest.mark.parametrize("spec", NETWORKS, ids=name)
