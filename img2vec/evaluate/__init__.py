@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from img2vec.evaluate.encoder import load_encoder
     from img2vec.evaluate.features import Features, extract_features
     from img2vec.evaluate.finetune import finetune
-    from img2vec.evaluate.knn import knn, weighted_knn
+    from img2vec.evaluate.knn import knn
     from img2vec.evaluate.labeled import LabeledData, open_labeled, split_labeled
     from img2vec.evaluate.probe import probe
     from img2vec.evaluate.results import Results
@@ -34,7 +34,6 @@ _HOMES = {
     "probe": "probe",
     "segment": "segment",
     "split_labeled": "labeled",
-    "weighted_knn": "knn",
 }
 
 __all__ = [
@@ -49,7 +48,6 @@ __all__ = [
     "probe",
     "segment",
     "split_labeled",
-    "weighted_knn",
 ]
 
 __getattr__, __dir__ = lazy_names(__name__, _HOMES)

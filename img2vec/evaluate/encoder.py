@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from img2vec.evaluate.classifier import mean_and_std
 from img2vec.export import WEIGHTS, export_student, is_timm_folder, read_student
 from tokdiv.dist import choose_device, choose_dtype
 from tokdiv.errors import UsageError
@@ -97,24 +98,20 @@ def _load_folder(folder: Path, name: str, image_size: int | None) -> Teacher:
 
 def _class_token(teacher: Teacher) -> Teacher:
     """The same network with its class token as the only token."""
-    network = teacher.module
-    if getattr(network, "cls_token", None) is None:
+    if getattr(teacher.module, "cls_token", None) is None:
         raise UsageError(f"{teacher.name} has no class token: use --feature mean")
-    block = teacher.spec.block
 
     def tokens(module: nn.Module, images: Tensor) -> Tensor:
-        _, prefix = module.forward_intermediates(  # type: ignore[operator]
-            images,
-            indices=1 if block is None else [block],
-            return_prefix_tokens=True,
-            norm=bool(teacher.spec.norm),
-            output_fmt="NLC",
-            intermediates_only=True,
-            stop_early=True,
-        )[0]
-        return prefix[:, :1]
+        # What lies behind the spec's block, and an unwanted final norm, were cut off when it was loaded.
+        return module.forward_features(images)[:, :1]  # type: ignore[operator]
 
-    mean, std = (tuple((buffer.flatten() / 255).tolist()) for buffer in (teacher.mean, teacher.std))
+    mean, std = mean_and_std(teacher)
     return Teacher(
-        network, tokens, mean=mean, std=std, size=teacher.size, name=teacher.name, spec=teacher.spec
+        teacher.module,
+        tokens,
+        mean=mean,
+        std=std,
+        size=teacher.size,
+        name=teacher.name,
+        spec=teacher.spec,
     )

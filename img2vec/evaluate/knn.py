@@ -113,40 +113,6 @@ def usable_neighbors(k: Sequence[int], num_train: int) -> list[int]:
     return sorted({n for n in k if n <= num_train}) or [num_train]
 
 
-def weighted_knn(
-    train_features: Tensor,
-    train_labels: Tensor,
-    val_features: Tensor,
-    val_labels: Tensor,
-    *,
-    num_classes: int | None = None,
-    k: Sequence[int] = KnnSettings.k,
-    temperature: float = KnnSettings.temperature,
-) -> dict[int, float]:
-    """Top-1 accuracy in [0, 1] for each k.
-
-    Args:
-        train_features: float (N, C). train_labels: int64 (N,), 0 to num_classes - 1.
-        val_features: float (M, C). val_labels: int64 (M,).
-        num_classes: None: one more than the largest label.
-        k, temperature: see `knn`.
-    """
-    used = usable_neighbors(k, len(train_labels))
-    if num_classes is None:
-        num_classes = 1 + int(max(train_labels.max(), val_labels.max()))
-    hits = weighted_knn_hits(
-        train_features,
-        train_labels,
-        val_features,
-        val_labels,
-        num_classes=num_classes,
-        k=used,
-        temperature=temperature,
-        device=train_features.device,
-    )
-    return {n: hits[n][0] / len(val_labels) for n in used}
-
-
 @torch.no_grad()
 def weighted_knn_hits(
     train_features: Tensor,
@@ -156,10 +122,15 @@ def weighted_knn_hits(
     *,
     num_classes: int,
     k: Sequence[int],
-    temperature: float,
-    device: str | torch.device,
+    temperature: float = KnnSettings.temperature,
+    device: str | torch.device = "cpu",
 ) -> dict[int, tuple[int, int]]:
     """For each k, how many val images are classified right, and how many have their class among the top five.
+
+    Args:
+        train_features: float (N, C). train_labels: int64 (N,), 0 to num_classes - 1.
+        val_features: float (M, C). val_labels: int64 (M,).
+        k: each at most N.
 
     Each of the k nearest by cosine votes for its class with weight exp(cosine / temperature). A class
     without votes never counts as right, also where fewer than five classes have votes.

@@ -8,7 +8,7 @@ import torch
 
 from img2vec.config import Config
 from img2vec.evaluate.features import NoFeatures, extract_features
-from img2vec.evaluate.knn import weighted_knn
+from img2vec.evaluate.knn import usable_neighbors, weighted_knn_hits
 from img2vec.evaluate.labeled import split_labeled
 from img2vec.model import Img2Vec
 from tokdiv.data.loader import Source
@@ -56,9 +56,15 @@ def prepare_knn(
         except NoFeatures as error:
             log.warning("no k-NN accuracy: %s", error)
             return None
-        accuracies = weighted_knn(
-            bank.features, bank.labels, queries.features, queries.labels, k=[KNN_K]
+        (k,) = usable_neighbors([KNN_K], len(bank.labels))
+        hits = weighted_knn_hits(
+            bank.features,
+            bank.labels,
+            queries.features,
+            queries.labels,
+            num_classes=train.num_classes,
+            k=[k],
         )
-        return float(next(iter(accuracies.values())))
+        return hits[k][0] / len(queries.labels)
 
     return knn_accuracy
