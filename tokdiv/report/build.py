@@ -9,18 +9,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from markupsafe import Markup
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from tokdiv.data.source import Source
-from tokdiv.figures.correspondence import correspondence_figure
 from tokdiv.figures.similarity import similarity_figure
 from tokdiv.figures.style import save_figure, teacher_colors
 from tokdiv.hand_over import REPORT_FILES, load_ranking
 from tokdiv.ranking import RankedTeacher, Ranking
 from tokdiv.report.caveats import caveats
 from tokdiv.report.commands import pretrain_command, rank_command
+from tokdiv.report.correspondence import draw_correspondence, figure_of_correspondence
 from tokdiv.report.evidence import draw_evidence, pair_matrix, trace_evidence
 from tokdiv.report.maps import similarity_maps
 from tokdiv.report.page import (
@@ -71,11 +70,11 @@ def write_report(
         save_figure(figure, folder / name)
     measured = [t for t in ranking.teachers if t.correspondence is not None]
     if measured:
-        save_figure(_correspondence_figure(measured, colors, 5.5), folder / "correspondence.png")
+        save_figure(figure_of_correspondence(measured, colors), folder / "correspondence.png")
     means = ", ".join(f"{t.name} {t.mean_similarity:.4f}" for t in ranking.teachers)
-    evidence = None
-    if len(ranking.teachers) > 1:
-        evidence = trace_evidence(ranking, scores)
+    evidence = trace_evidence(ranking, scores) if len(ranking.teachers) > 1 else None
+    # A single look is a point, and no curve.
+    has_curve = evidence is not None and len(evidence.images) > 1
     maps, without_maps = similarity_maps(ranking, scores, source, teachers, device, colors)
     try:  # how the run was made; the result does not need it
         config = read_json(folder / CONFIG)
@@ -97,13 +96,10 @@ def write_report(
             "Further left is more diverse.",
             narrow=_similarity_figure(ranking, scores.values, colors, width=NARROW),
         ),
-        correspondence=_draw_correspondence(measured, colors) if measured else None,
+        correspondence=draw_correspondence(measured, colors) if measured else None,
         noise=ranking.about_noise(),
         matrix=pair_matrix(ranking, evidence) if evidence else [],
-        # One look is a point, and no curve.
-        evidence=draw_evidence(ranking, evidence, colors)
-        if evidence and len(evidence.images) > 1
-        else None,
+        evidence=draw_evidence(ranking, evidence, colors) if evidence and has_curve else None,
         max_open_pairs=MAX_OPEN_PAIRS,
         maps=maps,
         without_maps=without_maps,
@@ -133,33 +129,6 @@ def _similarity_figure(
         colors=colors,
         confidence=ranking.settings.confidence,
         width=width,
-    )
-
-
-def _correspondence_figure(
-    teachers: Sequence[RankedTeacher], colors: dict[str, str], width: float
-) -> Figure:
-    return correspondence_figure(
-        [t.name for t in teachers],
-        [(t.diversity, 1 - t.ci_high, 1 - t.ci_low) for t in teachers],
-        [
-            (t.correspondence or 0.0, t.correspondence_low or 0.0, t.correspondence_high or 0.0)
-            for t in teachers
-        ],
-        [t.pixels_correspondence or 0.0 for t in teachers],
-        [t.baseline for t in teachers],
-        colors=colors,
-        width=width,
-    )
-
-
-def _draw_correspondence(teachers: Sequence[RankedTeacher], colors: dict[str, str]) -> Markup:
-    values = ", ".join(f"{t.name} {t.correspondence:.3f}" for t in teachers)
-    return inline_figure(
-        _correspondence_figure(teachers, colors, 6.5),
-        f"Correspondence against token diversity, by teacher. Correspondence: {values}.",
-        "A good teacher is diverse (right) and about the image (high). Bars are intervals.",
-        narrow=_correspondence_figure(teachers, colors, NARROW),
     )
 
 
