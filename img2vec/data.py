@@ -5,7 +5,6 @@ processes and every resumption sees the same.
 """
 
 import contextlib
-import dataclasses
 import math
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from img2vec.masking import CROP, Layout, draw_mask, generator
 from tokdiv.data.loader import fill_batches
-from tokdiv.data.source import Item, Source, permutation
+from tokdiv.data.source import Source, permutation
 from tokdiv.errors import UsageError
 
 ASPECT = (3 / 4, 4 / 3)  # of the random resized crop, as torchvision's and MAE's
@@ -203,14 +202,20 @@ def read_epoch(
     if source.permutable:
         assert source.count is not None
         order = permutation(source.count, seed)
-        if cache is not None:
-            source = _cached(source, cache)
     unfilled = (
         _empty_batch(positions, view, epoch, pin_memory) for positions in plan.blocks(rank, first)
     )
     # Every process walks through the whole of a stream, and decodes its own positions.
     with contextlib.closing(
-        fill_batches(source, order, unfilled, workers=workers, seed=seed % 2**31, prefetch=prefetch)
+        fill_batches(
+            source,
+            order,
+            unfilled,
+            workers=workers,
+            seed=seed % 2**31,
+            prefetch=prefetch,
+            cache=cache if source.permutable else None,
+        )
     ) as batches:
         for batch, keys, reasons in batches:
             for row, position in enumerate(batch.positions[batch.positions >= 0].tolist()):
@@ -231,17 +236,3 @@ def _empty_batch(positions: np.ndarray, view: View, epoch: int, pin_memory: bool
         view,
         epoch,
     )
-
-
-def _cached(source: Source, cache: dict[int, bytes]) -> Source:
-    """The same source, whose encoded images stay in memory once they are read."""
-
-    def read(index: int) -> Item:
-        if index in cache:
-            return cache[index]
-        data = source.read(index)
-        if isinstance(data, bytes):
-            cache[index] = data
-        return data
-
-    return dataclasses.replace(source, reader=read)

@@ -11,6 +11,7 @@ is written where it is used, without being sent from one process to another.
 
 import contextlib
 import errno
+import itertools
 import os
 import threading
 from collections import deque
@@ -42,7 +43,18 @@ __all__ = [
 ]
 
 # Not the image's fault: it could be read with fewer threads, or with a higher limit.
-_SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+# A disk or a network that fails, whatever the file: also where others can still be read, from a cache.
+OUTAGES = tuple(
+    getattr(errno, name)
+    for name in (
+        *("EIO", "ENODEV", "ENXIO", "ENOMEDIUM", "EREMOTEIO", "ESTALE", "ESHUTDOWN", "ENOTCONN"),
+        *("ETIMEDOUT", "ECONNREFUSED", "ECONNRESET", "ECONNABORTED"),
+        *("EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH"),
+    )
+    if hasattr(errno, name)
+)
+NUM_FAILURES = 3  # consecutive images that cannot be read, at which DATA itself is in question
 
 
 class Fillable(Protocol):
@@ -78,8 +90,13 @@ def fill_batches(
     workers: int,
     seed: int = 0,
     prefetch: int = 2,
+    cache: dict[int, bytes] | None = None,
 ) -> Generator[Filled[B], None, None]:
     """Fill batches with decoded images, in order, some ahead of the one that the caller holds.
+
+    An image that cannot be read or decoded has a reason instead. But where consecutive images cannot be read,
+    and DATA is gone (see `_check_outage`), that is an error. A batch that ends in such images is held back
+    until the next ones tell, so that none of them is taken for unusable.
 
     Args:
         source: where the images are read.
@@ -89,10 +106,11 @@ def fill_batches(
         batches: each is drawn when its turn comes to be filled, so that at most prefetch + 1 are in
             memory, the caller's included.
         workers: decoding threads.
+        cache: keeps the encoded bytes of what was read, by index; None keeps nothing.
 
     Raises:
-        RunError: the machine is short of memory or file handles. An image that cannot be read or decoded
-            is no error: it has a reason instead. Errors of `batches` and of a stream are raised too.
+        RunError: DATA is gone, or the machine is short of memory or file handles. Errors of `batches` and of
+            a stream are raised too.
 
     Closing the generator stops the threads after the image at hand.
     """
@@ -108,22 +126,35 @@ def fill_batches(
         positions = batch.positions
         items = reader.submit(cursor.take, positions) if cursor is not None else None
         indices = order[positions] if order is not None else None
-        filling = _Filling(source, batch, indices, items, stop)
+        filling = _Filling(source, batch, indices, items, stop, cache)
         rows = iter(range(len(positions)))  # shared: each thread draws the next row not begun
         for _ in range(min(num_workers, len(positions))):
             filling.tasks.append(decoders.submit(filling.run, rows))
         return filling
 
     waiting: deque[_Filling[B]] = deque()
-    remaining = iter(batches)
+    ready: deque[Filled[B]] = deque()
+    failures: list[OSError] = []  # of the last images, without one that could be read after them
+    remaining, ahead = iter(batches), max(1, prefetch)
     try:
         while True:
-            while len(waiting) < max(1, prefetch) and (batch := next(remaining, None)) is not None:
-                waiting.append(begin(batch))
-                del batch
-            if not waiting:
+            waiting.extend(map(begin, itertools.islice(remaining, ahead - len(waiting))))
+            ended = len(waiting) < min(
+                ahead, 2
+            )  # no more are drawn, and none is left after this one
+            if waiting:
+                filling = waiting.popleft()
+                ready.append(filling.finish())
+                failures = _check_outage(source, failures, filling.errors)
+                del filling
+            if ended:
+                if failures and source.is_gone():
+                    raise _outage(source, failures)
+                failures = []
+            while ready and not failures:
+                yield ready.popleft()  # not kept in a name: it is the caller's alone
+            if ended:
                 return
-            yield waiting.popleft().finish()  # not kept in a name: it is the caller's alone
     finally:
         stop.set()
         decoders.shutdown(wait=True, cancel_futures=True)
@@ -141,11 +172,14 @@ class _Filling(Generic[B]):
     indices: np.ndarray | None  # of its rows in the source
     items: "Future[list[tuple[str, Item]]] | None"  # of its rows, where the source is a stream
     stop: threading.Event
+    cache: dict[int, bytes] | None
     reasons: list[str | None] = field(init=False)
+    errors: list[OSError | None] = field(init=False)  # why it could not be read
     tasks: list["Future[None]"] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.reasons = [None] * len(self.batch.positions)
+        self.errors = [None] * len(self.batch.positions)
 
     def run(self, rows: Iterator[int]) -> None:
         """Read, decode and write images until `rows` has no more."""
@@ -162,14 +196,23 @@ class _Filling(Generic[B]):
             if items is not None:
                 return decode_image(items[row][1])
             assert self.indices is not None
-            return decode_image(self.source.read(int(self.indices[row])))
+            return decode_image(self._read(int(self.indices[row])))
         except UnusableImage as unusable:
             self.reasons[row] = unusable.reason
         except OSError as error:
+            self.errors[row] = error
             self.reasons[row] = _io_reason(error)
         except MemoryError:
             raise RunError("out of memory in decoding an image: use fewer --workers") from None
         return None
+
+    def _read(self, index: int) -> Item:
+        if self.cache is None:
+            return self.source.read(index)
+        item = self.cache.get(index) or self.source.read(index)
+        if isinstance(item, bytes):
+            self.cache[index] = item
+        return item
 
     def finish(self) -> Filled[B]:
         """Wait for the threads."""
@@ -211,9 +254,35 @@ class _StreamCursor:
             self.samples.close()
 
 
+def _check_outage(
+    source: Source, failures: list[OSError], errors: list[OSError | None]
+) -> list[OSError]:
+    """The failures at the end of a batch, those before it counted, where no image was read in between.
+
+    Raises:
+        RunError: several in a row cannot be read because the disk or the network fails, or they are not there
+            any more and neither is an image that was read before. A file that is gone or locked alone is
+            that file's fault.
+    """
+    for error in errors:
+        failures = [] if error is None else [*failures, error]
+        if len(failures) >= NUM_FAILURES:
+            if any(f.errno in OUTAGES for f in failures) or source.is_gone():
+                raise _outage(source, failures)
+            failures = []
+    return failures
+
+
+def _outage(source: Source, failures: list[OSError]) -> RunError:
+    return RunError(
+        f"'{source.name}' cannot be read any more ({_io_reason(failures[-1])}): make it available again, and "
+        f"the same command goes on"
+    )
+
+
 def _io_reason(error: OSError) -> str:
     """Why a file cannot be read, without its path."""
-    if error.errno in _SHORTAGES:
+    if error.errno in SHORTAGES:
         raise RunError(
             f"cannot open more files ({os.strerror(error.errno)}): use fewer --workers or raise ulimit -n"
         ) from error

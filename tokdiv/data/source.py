@@ -1,11 +1,13 @@
-"""What a source of images is, and the simplest one: a folder.
+"""What a source of images is.
 
-A `Source` either has an index (a folder, a tar, a data set in memory-mapped files): then any image
-can be read at any time, from any thread, and the order is a true permutation. Or it is a stream
-(`wds/`, `tfds/`, `hfids/`): read in order, shuffled by shards and through a buffer.
+A `Source` either has an index (a folder, a tar, a data set in memory-mapped files): then any image can be read at
+any time, from any thread, and the order is a true permutation. Or it is a stream (`wds/`, `tfds/`, `hfids/`):
+read in order, shuffled by shards and through a buffer.
 """
 
 import hashlib
+import os
+import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -14,7 +16,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-Item = bytes | Image.Image
+from tokdiv.data.headers import UnusableImage
+from tokdiv.errors import UsageError
+
+Item = bytes | Image.Image | UnusableImage  # an image, still encoded or not, or why there is none
+
+# Files that are larger are not read: the size is also that of the largest image that is decoded.
+MAX_ENCODED_BYTES = 2**29
+MAX_ENCODED_VARIABLE = "TOKDIV_MAX_IMAGE_BYTES"
 
 
 @dataclass
@@ -22,14 +31,14 @@ class Source:
     """Images that can be named and read.
 
     name: DATA as it was given.
-    count: how many images, None where a stream does not say.
-    fingerprint: sha256 in hex over the kind, the keys in order and the sizes of the files (of a
-        stream: the shards'), so that a run can tell that it goes on with other data. Paths of
-        folders above the data and times of files are not part of it.
+    count: number of images, None where a stream does not tell.
+    fingerprint: sha256 in hex of the kind, the keys in order and the sizes of the files (of a stream: of the
+        shards), by which a run notices that it is resumed with other data. Paths of folders above the data
+        and times of files are not part of it.
     permutable: whether `key` and `read` take any index; else only `stream` gives images.
     labels: int64 (count,) class numbers, or None; classes: their names, or None.
-    warnings: what the user should know about this data, one line each. It grows while a stream of
-        damaged shards is read.
+    warnings: what the user should know about this data, one line each. It grows while a stream is read.
+    last_read: the index of the last image that was read, None before the first.
     """
 
     name: str
@@ -44,6 +53,7 @@ class Source:
     open_stream: Callable[[int], Iterator[tuple[str, Item]]] | None = field(
         default=None, repr=False
     )
+    last_read: int | None = field(default=None, repr=False)
 
     @property
     def warning(self) -> str | None:
@@ -56,12 +66,27 @@ class Source:
         return self.key_of(index)
 
     def read(self, index: int) -> Item:
-        """The undecoded bytes of an image, or a picture where only those are to be had.
+        """The undecoded bytes of an image, or a picture where only those are available. Safe in threads.
 
-        Safe in threads. Raises OSError where the file cannot be read.
+        Raises:
+            OSError: it cannot be read. UnusableImage: it is not to be read.
         """
         assert self.reader is not None, "a stream has no index"
-        return self.reader(index)
+        item = self.reader(index)
+        self.last_read = index
+        return item
+
+    def is_gone(self) -> bool:
+        """Whether an image that could be read before cannot be read any more."""
+        if self.last_read is None or self.reader is None:
+            return False
+        try:
+            self.reader(self.last_read)
+        except OSError:
+            return True
+        except UnusableImage:
+            pass
+        return False
 
     def stream(self, seed: int) -> Iterator[tuple[str, Item]]:
         """(key, image) of a source without an index, in an order that the seed determines."""
@@ -72,13 +97,56 @@ class Source:
 def permutation(count: int, seed: int) -> np.ndarray:
     """A seeded uniform permutation of range(count), int64 (count,).
 
-    The ranks of `count` raw 64-bit draws of PCG64. numpy promises that the stream of a bit
-    generator stays as it is, but not `Generator.permutation`: a run that is resumed under another
-    numpy must find the same order. (A tie among the draws, at one chance in 10^7 for a million
-    images, is broken by position.)
+    The ranks of `count` raw 64-bit draws of PCG64. numpy promises that the stream of a bit generator stays
+    as it is, but not `Generator.permutation`: a run that is resumed under another numpy must find the same
+    order. (A tie among the draws, at one chance in 10^7 for a million images, is broken by position.)
     """
     draws = np.random.PCG64(seed).random_raw(count)
     return np.argsort(draws, kind="stable").astype(np.int64, copy=False)
+
+
+def read_file(path: str) -> bytes:
+    """The content of a regular file of bounded size.
+
+    Raises:
+        OSError: it cannot be read. UnusableImage: it is something else than a file, or too large.
+    """
+    # Opening a FIFO would wait for a writer, and a device may have no end.
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(path, flags)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise UnusableImage("not a regular file")
+        check_encoded(status.st_size)
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read(status.st_size)
+    finally:
+        os.close(descriptor)
+
+
+def check_encoded(num_bytes: int) -> None:
+    """Raise UnusableImage for an encoded image that is too large to be read."""
+    if num_bytes > (most := max_encoded_bytes()):
+        raise UnusableImage(
+            f"too large: {num_bytes:,} encoded bytes, at most {most:,} are read ({MAX_ENCODED_VARIABLE})"
+        )
+
+
+def max_encoded_bytes() -> int:
+    """The largest encoded image that is read: TOKDIV_MAX_IMAGE_BYTES, else 512 MiB.
+
+    Raises:
+        UsageError: it is not a positive integer.
+    """
+    text = os.environ.get(MAX_ENCODED_VARIABLE)
+    if text is None:
+        return MAX_ENCODED_BYTES
+    if not (text.isascii() and text.isdigit() and 0 < len(text) < 19 and int(text)):
+        raise UsageError(
+            f"{MAX_ENCODED_VARIABLE}={text}: expected a number of bytes, as 1000000000"
+        )
+    return int(text)
 
 
 def unique(names: Iterable[str]) -> list[str]:
@@ -99,7 +167,7 @@ def unique(names: Iterable[str]) -> list[str]:
 
 
 def storable(path: str) -> str:
-    """A path as text that can be stored: bytes that are no UTF-8 are written as \\udc80 to \\udcff."""
+    """A path as text that can be stored: bytes that are not UTF-8 are written as \\udc80 to \\udcff."""
     return path if path.isascii() else path.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
@@ -113,9 +181,3 @@ def begin_fingerprint(*kind: str) -> Any:
 
 def add_to_fingerprint(digest: Any, key: str, size: int) -> None:
     digest.update(f"{key}\0{size}\n".encode())
-
-
-def first_line(error: Exception) -> str:
-    """What an error of another package says, cut to one line of a message."""
-    text = str(error).strip().split("\n")[0]
-    return text[:300] or type(error).__name__

@@ -3,7 +3,10 @@
 import io
 import os
 import struct
+import subprocess
+import sys
 import threading
+import time
 import warnings
 import zlib
 from pathlib import Path
@@ -13,7 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tokdiv.data.decode import MAX_PIXELS, UnusableImage, center_view, decode_image
+from tokdiv.data.decode import UnusableImage, center_view, decode_image, image_extensions
+from tokdiv.data.headers import MAX_DECODED_BYTES
 
 DATA = os.environ.get("TOKDIV_DATA")
 
@@ -141,6 +145,11 @@ WHOLE_FILES = {
     "gif": encoded(RGB.quantize(16), "GIF"),
     "ppm": encoded(RGB, "PPM"),
 }
+if ".avif" in image_extensions():
+    WHOLE_FILES["avif"] = encoded(RGB, "AVIF")
+    WHOLE_FILES["avif animated"] = encoded(
+        RGB, "AVIF", save_all=True, append_images=[RGB.rotate(180)]
+    )
 
 
 @pytest.mark.parametrize("kind", WHOLE_FILES)
@@ -241,11 +250,90 @@ def test_samples_without_a_range_are_refused(kind):
     assert "no defined range" in reason(image)
 
 
-def test_exif_rotation_is_left_as_it_is():
+@pytest.mark.parametrize("orientation", [2, 3, 6, 8])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "TIFF LZW", "MPO", "AVIF"])
+def test_orientation_is_ignored_in_every_format(kind, orientation):
+    """As in timm's and torchvision's pipelines; Pillow alone would turn a TIFF."""
+    if kind == "AVIF" and ".avif" not in image_extensions():
+        pytest.skip("this Pillow reads no AVIF")
     exif = Image.Exif()
-    exif[274] = 6
-    data = encoded(RGB, "JPEG", exif=exif)
-    assert pixels(data).shape == (29, 37, 3)
+    exif[274] = orientation
+    options = {"save_all": True, "append_images": [RGB]} if kind == "MPO" else {}
+    if kind == "TIFF LZW":
+        options["compression"] = "tiff_lzw"
+    plain = encoded(RGB, kind.split()[0], **options)
+    turned = encoded(RGB, kind.split()[0], exif=exif, **options)
+    assert turned != plain
+    assert pixels(turned).shape == (29, 37, 3)
+    if kind != "AVIF":  # where the turn is a property of the picture, and the encoder is told of it
+        assert np.array_equal(pixels(turned), pixels(plain))
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("kind", ["B", "H", "I"])
+def test_orientation_of_a_tiff_is_ignored_however_it_is_written(order, kind):
+    samples = np.random.default_rng(1).integers(0, 65536, (5, 6, 3))
+    plain = tiff_of_16_bits(samples, order, False, photometric=2)
+    # An entry in place of RowsPerStrip, which is all rows by default; tags may come in any order.
+    tag, code = struct.pack(order + "H", 278), {"B": 1, "H": 3, "I": 4}[kind]
+    at = plain.index(tag + struct.pack(order + "H", 3))
+    entry = struct.pack(order + "HHI", 274, code, 1) + struct.pack(order + kind, 6).ljust(4, b"\0")
+    turned = plain[:at] + entry + plain[at + 12 :]
+    assert np.array_equal(pixels(turned), scaled(samples))
+
+
+def test_orientation_in_xmp_is_ignored_too():
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><r tiff:Orientation="6"/></x:xmpmeta>'
+    data = encoded(RGB, "TIFF", tiffinfo={700: xmp})
+    assert b"Orientation" in data
+    assert np.array_equal(pixels(data), np.asarray(RGB))
+
+
+def png_chunk(kind: bytes, content: bytes) -> bytes:
+    check = struct.pack(">I", zlib.crc32(kind + content))
+    return struct.pack(">I", len(content)) + kind + content + check
+
+
+@pytest.mark.parametrize(
+    ("kind", "start"),
+    [
+        (b"iCCP", b"profile\0\0"),
+        (b"zTXt", b"Comment\0\0"),
+        (b"iTXt", b"Comment\0\1\0\0\0"),
+    ],
+    ids=["iCCP", "zTXt", "iTXt"],
+)
+@pytest.mark.parametrize("behind", [False, True])
+def test_a_png_with_large_metadata_is_read(kind, start, behind):
+    data = encoded(RGB, "PNG")
+    chunk = png_chunk(kind, start + zlib.compress(b"a" * (80 << 20)))
+    at = len(data) - 12 if behind else 33
+    assert np.array_equal(pixels(data[:at] + chunk + data[at:]), np.asarray(RGB))
+    texts = b"".join(png_chunk(b"tEXt", b"Comment\0" + b"a" * 70_000) for _ in range(1000))
+    assert np.array_equal(pixels(data[:at] + texts + data[at:]), np.asarray(RGB))
+    assert "truncated PNG" in reason(data[:at] + chunk[:-9])
+    palette = encoded(RGB.quantize(16), "PNG", transparency=3)
+    assert np.array_equal(pixels(palette[:33] + chunk + palette[33:]), pixels(palette))
+
+
+@pytest.mark.parametrize("padding", [b"\xff\0\xff\0", b"\xff" * 9, b"junk\xff\0", b"\0" * 70_000])
+@pytest.mark.parametrize("kind", ["jpeg", "jpeg progressive", "jpeg gray", "jpeg cmyk"])
+def test_padding_between_the_segments_of_a_jpeg_is_passed_over(kind, padding, capfd):
+    data = WHOLE_FILES[kind]
+    at, padded = 2, data[:2]
+    while data[at + 1] not in (0xC0, 0xC2):  # up to the frame header
+        length = 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        padded += padding + data[at : at + length]
+        at += length
+    assert np.array_equal(pixels(padded + padding + data[at:]), pixels(data))
+    assert capfd.readouterr().err == ""
+
+
+def test_a_jpeg_of_nothing_but_markers_takes_no_time():
+    for junk in (b"\xff" * 5_000_000 + b"\0", b"\xff\xe0\0\2" * 1_000_000, b"\xff\xd0" * 1_000_000):
+        begin = time.process_time()
+        assert "JPEG" in reason(b"\xff\xd8\xff\xe0\0\4ab" + junk)
+        assert time.process_time() - begin < 5
 
 
 def test_of_an_animation_the_first_frame():
@@ -300,7 +388,7 @@ def test_a_bomb_is_refused_by_its_header_with_its_dimensions():
         return data[:at] + struct.pack(form, *size) + data[at + struct.calcsize(form) :]
 
     side = 13_400
-    assert side**2 > MAX_PIXELS
+    assert 3 * side**2 > MAX_DECODED_BYTES
     frame = WHOLE_FILES["jpeg"].index(b"\xff\xc0") + 5
     bombs = [
         with_size(WHOLE_FILES["jpeg"], frame, ">HH", side, side),
@@ -310,6 +398,85 @@ def test_a_bomb_is_refused_by_its_header_with_its_dimensions():
     ]
     for bomb in bombs:
         assert "too large: 13400 x 13400 pixels" in reason(bomb)
+
+
+def test_a_bomb_is_refused_whatever_its_depth_and_shape():
+    def png_of(width: int, height: int, depth: int, color: int) -> bytes:
+        header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
+        body = png_chunk(b"IHDR", header) + png_chunk(b"IDAT", zlib.compress(bytes(1000)))
+        return b"\x89PNG\r\n\x1a\n" + body + png_chunk(b"IEND", b"")
+
+    assert "rows of 100000000 pixels" in reason(png_of(100_000_000, 1, 1, 0))
+    assert "13000 x 13000 pixels of 6 bytes" in reason(png_of(13_000, 13_000, 16, 2))
+    assert "12000 x 12000 pixels of 4 bytes" in reason(png_of(12_000, 12_000, 8, 6))
+    assert "9000 x 9000 pixels of 8 bytes" in reason(png_of(9000, 9000, 16, 6))
+    assert "too large" not in reason(png_of(13_000, 13_000, 8, 0))  # cut off, but not too large
+
+    samples = np.zeros((4, 4, 3), np.uint16)
+    tiff = tiff_of_16_bits(samples, "<", True, 2)
+    width, height = (tiff.index(struct.pack("<HHI", tag, 3, 1)) + 8 for tag in (256, 257))
+    huge = bytearray(tiff)
+    huge[width : width + 2] = huge[height : height + 2] = struct.pack("<H", 13_000)
+    assert "13000 x 13000 pixels of 6 bytes" in reason(bytes(huge))
+
+    webp = bytearray(WHOLE_FILES["webp animated"])
+    assert webp[12:16] == b"VP8X"
+    webp[24:30] = b"\xff\x3f\0" * 2  # a canvas of 16384 x 16384, which Pillow allocates on opening
+    assert "16384 x 16384 pixels" in reason(bytes(webp))
+    for kind in ("webp", "webp lossless"):
+        webp = bytearray(WHOLE_FILES[kind])
+        at = {b"VP8 ": 26, b"VP8L": 21}[bytes(webp[12:16])]
+        webp[at : at + 4] = b"\xff\xff\xff\xff" if at == 21 else b"\xff\x3f\xff\x3f"
+        assert "too large: 1638" in reason(bytes(webp))
+
+    gif = bytearray(WHOLE_FILES["gif"])
+    gif[6:10] = struct.pack("<HH", 65_000, 65_000)
+    assert "65000 x 65000 pixels" in reason(bytes(gif))
+
+
+def test_a_tile_of_a_tiff_is_no_bomb():
+    """libtiff allocates whole tiles, however small the picture is."""
+    content = zlib.compress(bytes(100))
+    tags = [(256, 4), (257, 4), (258, 8), (259, 8), (262, 1), (277, 1)]
+    tags += [(322, 60_000), (323, 60_000), (324, 8 + 2 + 12 * 10 + 4), (325, len(content))]
+    directory = struct.pack("<H", len(tags))
+    directory += b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    data = struct.pack("<2sHI", b"II", 42, 8) + directory + bytes(4) + content
+    assert "60000 x 60000 pixels" in reason(data)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
+@pytest.mark.parametrize(
+    ("kind", "sides", "limit"),
+    [
+        ("16 bits", (4000, 4000, 3), 30),
+        ("16 bits", (6000, 6000, 1), 12),
+        ("8 bits", (6000, 6000, 3), 22),
+    ],
+)
+def test_decoding_takes_a_bounded_multiple_of_the_pixels(tmp_path, kind, sides, limit):
+    """Bytes a pixel at the peak, in a process of its own; 16 bits in color took 50."""
+    if kind == "16 bits":
+        data = png_of_16_bits(np.zeros(sides, np.uint16))
+    else:
+        data = encoded(np.zeros(sides, np.uint8), "PNG")
+    (tmp_path / "image").write_bytes(data)
+    script = f"""
+import sys
+from tokdiv.data.decode import decode_image
+def peak():
+    return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1])
+decode_image(open({str(tmp_path / "warm")!r}, "rb").read())
+before = peak()
+decode_image(open({str(tmp_path / "image")!r}, "rb").read())
+print((peak() - before) * 1024)
+"""
+    (tmp_path / "warm").write_bytes(png_of_16_bits(np.zeros((9, 9, sides[2]), np.uint16)))
+    root = Path(__file__).parents[3]
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) < limit * sides[0] * sides[1]
 
 
 def test_a_picture_without_pixels_is_refused():

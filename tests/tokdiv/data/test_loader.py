@@ -1,5 +1,6 @@
 """Batches: the right images in the right rows, bounded memory, and an end without hanging threads."""
 
+import errno
 import io
 import os
 import resource
@@ -8,6 +9,7 @@ import sys
 import tarfile
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -153,17 +155,133 @@ def test_a_file_that_is_gone_is_unusable_with_its_reason(tmp_path):
     (batch,) = read_batches(source, permutation(4, 0), [np.arange(4)], {8}, workers=2)
     reasons = dict(zip(batch.keys, batch.reasons))
     assert reasons["2.png"] == "cannot be read: No such file or directory"
-    assert reasons["3.png"] == "cannot be read: Is a directory"
+    assert reasons["3.png"] == "not a regular file"
     assert sorted(numbers(batch)) == [0, 1]
 
 
-def test_a_shortage_of_file_handles_is_no_fault_of_the_image():
-    def read(index: int) -> bytes:
-        raise OSError(24, "Too many open files", "/data/x")
+def failing(count: int, bad: dict[int, OSError]) -> Source:
+    """A source some of whose images cannot be read."""
 
-    source = Source("x", 3, "", key_of=str, reader=read)
-    with pytest.raises(RunError, match="Too many open files"):
-        list(read_batches(source, None, [np.arange(3)], {8}, workers=2))
+    def read(index: int) -> bytes:
+        if index in bad:
+            raise bad[index]
+        return png(index)
+
+    return Source("data", count, "", key_of=str, reader=read)
+
+
+def give(batches: Iterable[Batch], given: list[int]) -> None:
+    """Note the images of batches, all of which have to be usable."""
+    for batch in batches:
+        assert batch.usable.all()
+        given += numbers(batch)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 7, 50])
+@pytest.mark.parametrize("prefetch", [1, 2, 4])
+def test_a_failing_disk_ends_the_run_and_nothing_of_it_is_given(batch_size, prefetch):
+    """Also where what was read before can still be read, from a cache."""
+    source = failing(50, {n: OSError(errno.EIO, "Input/output error") for n in range(20, 50)})
+    batches = read_batches(source, None, blocks(50, batch_size), {8}, workers=3, prefetch=prefetch)
+    given: list[int] = []
+    with pytest.raises(RunError, match=r"'data' cannot be read any more .*Input/output error"):
+        give(batches, given)
+    assert given == list(range(20 // batch_size * batch_size))
+
+
+def test_single_images_that_fail_are_unusable():
+    """Two sectors of a disk, whatever the order; a third one far off does not count with them."""
+    bad = {n: OSError(errno.EIO, "Input/output error") for n in (4, 5, 7, 8, 19)}
+    for batch_size in (1, 3, 20):
+        batches = list(read_batches(failing(20, bad), None, blocks(20, batch_size), {8}, workers=2))
+        usable = np.concatenate([batch.usable for batch in batches])
+        assert np.flatnonzero(~usable).tolist() == sorted(bad)
+
+
+def test_files_that_are_gone_alone_are_unusable():
+    bad = {n: FileNotFoundError(errno.ENOENT, "No such file or directory") for n in range(5, 15)}
+    bad[18] = PermissionError(errno.EACCES, "Permission denied")
+    (batch,) = read_batches(failing(20, bad), None, [np.arange(20)], {8}, workers=2)
+    assert np.flatnonzero(~batch.usable).tolist() == sorted(bad)
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar", "links"])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_data_that_vanishes_ends_the_run_and_nothing_of_it_is_given(tmp_path, kind, batch_size):
+    (tmp_path / "data").mkdir()
+    for n in range(30):
+        (tmp_path / "data" / f"{n:02d}.png").write_bytes(png(n))
+    data, moved = tmp_path / "data", tmp_path / "data"
+    if kind == "tar":
+        data = moved = tmp_path / "data.tar"
+        with tarfile.open(data, "w") as tar:
+            tar.add(tmp_path / "data", "x")
+    if kind == "links":  # DATA stays, and what its links lead to goes
+        data = tmp_path / "links"
+        data.mkdir()
+        for n in range(30):
+            (data / f"{n:02d}.png").symlink_to(tmp_path / "data" / f"{n:02d}.png")
+    source = open_source(str(data))
+    given: list[int] = []
+
+    def blocks_until_it_vanishes():
+        for block in blocks(30, batch_size):
+            if block[0] == 12:
+                moved.rename(tmp_path / "away")
+            yield block
+
+    batches = read_batches(source, None, blocks_until_it_vanishes(), {8}, workers=1)
+    with pytest.raises(RunError, match=r"cannot be read any more .*the same command goes on"):
+        give(batches, given)
+    assert given == list(range(len(given)))
+    (tmp_path / "away").rename(moved)
+    rest = np.arange(len(given), 30)
+    (batch,) = read_batches(source, None, [rest], {8}, workers=1)
+    assert numbers(batch) == rest.tolist()
+
+
+def test_the_last_images_of_data_that_vanishes_are_not_unusable(tmp_path):
+    for n in range(4):
+        (tmp_path / f"{n}.png").write_bytes(png(n))
+    source = open_source(str(tmp_path))
+    batches = read_batches(source, None, blocks(4, 2), {8}, workers=1, prefetch=1)
+    assert numbers(next(batches)) == [0, 1]
+    for path in tmp_path.iterdir():
+        path.unlink()
+    with pytest.raises(RunError, match="cannot be read any more"):
+        list(batches)
+
+
+@pytest.mark.parametrize("error", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, None])
+def test_a_shortage_of_the_machine_is_an_error_everywhere(error):
+    """In pretraining and in fine-tuning, images that were not read for want of handles were left out."""
+    from img2vec.data import View, plan_epoch, read_epoch
+    from img2vec.evaluate.augment import crop_and_flip, training_steps
+    from img2vec.evaluate.labeled import LabeledData
+    from img2vec.masking import plan_layout
+
+    def read(index: int) -> bytes:
+        raise MemoryError if error is None else OSError(error, os.strerror(error))
+
+    source = Source("x", 4, "", key_of=str, reader=read)
+    labeled = LabeledData(source, np.arange(4), np.zeros(4, np.int64), ["a"])
+    view = View(32, (0.2, 1.0), plan_layout(32, 16, 16, 0.5, (2, 2)), seed=0)
+    steps = training_steps(
+        labeled,
+        crop_and_flip(8),
+        batch_size=4,
+        micro_batch_size=4,
+        epochs=1,
+        seed=0,
+        workers=2,
+    )
+    for batches in (
+        read_batches(source, None, [np.arange(4)], {8}, workers=2),
+        read_epoch(source, plan_epoch(4, 4, 1, 1), view, 0, workers=2),
+        (batch for step in steps for batch in step.batches),
+    ):
+        with pytest.raises(RunError, match="use fewer --workers"):
+            list(batches)
 
 
 def test_a_stream_is_read_over_what_others_take():
