@@ -48,19 +48,22 @@ class CropPair:
     order: tuple[int, ...]
 
 
-def draw_crops(height: int, width: int, seed: int, position: int) -> CropPair:
+def draw_crops(
+    height: int, width: int, seed: int, position: int, area: tuple[float, float] = AREA
+) -> CropPair:
     """The two crops of the image at a position of the run.
 
     Args:
         height, width: of the image in pixels.
         seed, position: of the run, and of the image in its order; nothing else matters.
+        area: range of the share of the image that a crop takes.
     """
     bits = np.random.Philox(key=[seed, CROPS], counter=[0, 0, position, 0])
     while True:
         # Raw draws: numpy promises the bit generator's stream, but not the distributions made of it.
         draws = ((bits.random_raw(14) >> np.uint64(11)) * 2.0**-53).tolist()
-        first = _draw_box(height, width, draws[0:3])
-        second = _draw_box(height, width, draws[3:6])
+        first = _draw_box(height, width, area, draws[0:3])
+        second = _draw_box(height, width, area, draws[3:6])
         places, inside = true_places(
             torch.tensor([first]), torch.tensor([second]), (REFERENCE, REFERENCE)
         )
@@ -75,9 +78,11 @@ def draw_crops(height: int, width: int, seed: int, position: int) -> CropPair:
     return CropPair(first, second, brightness, contrast, saturation, hue, order)
 
 
-def _draw_box(height: int, width: int, draws: list[float]) -> tuple[int, int, int, int]:
+def _draw_box(
+    height: int, width: int, area: tuple[float, float], draws: list[float]
+) -> tuple[int, int, int, int]:
     """A crop with the image's own aspect: its area and its place are uniform."""
-    side = math.sqrt(AREA[0] + (AREA[1] - AREA[0]) * draws[0])
+    side = math.sqrt(area[0] + (area[1] - area[0]) * draws[0])
     h, w = max(1, round(height * side)), max(1, round(width * side))
     return int(draws[1] * (height - h + 1)), int(draws[2] * (width - w + 1)), h, w
 
