@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from img2vec.config import PRESETS
-from img2vec.evaluate.settings import FinetuneSettings, KnnSettings, ProbeSettings
+from img2vec.evaluate.settings import DetectSettings, FinetuneSettings, KnnSettings, ProbeSettings
 from tokdiv import __version__
 from tokdiv.cli import TeacherModule, own_teacher
 from tokdiv.errors import UsageError
@@ -40,6 +40,7 @@ Model = Annotated[
 ]
 Train = Annotated[str, typer.Option(metavar="DATA", help="Training images, with classes.")]
 Val = Annotated[str, typer.Option(metavar="DATA", help="Validation images, with classes.")]
+COCO_HELP = "{} images with objects: IMAGES_FOLDER:annotations=FILE.json."
 Results = Annotated[
     Path | None,
     typer.Option("--out", "-o", metavar="DIR", help="Folder for results.json and results.csv."),
@@ -226,6 +227,21 @@ def finetune(
     from img2vec import evaluate
 
     _print_results(evaluate.finetune, settings, model, train, val, out)
+
+
+@app.command()
+@with_settings(DetectSettings)
+def detect(
+    model: Model,
+    train: Annotated[str, typer.Option(metavar="COCO", help=COCO_HELP.format("Training"))],
+    val: Annotated[str, typer.Option(metavar="COCO", help=COCO_HELP.format("Validation"))],
+    settings: dict[str, Any],
+    out: Results = None,
+) -> None:
+    """Average precision of boxes and masks after training a Mask R-CNN, as in ViTDet."""
+    from img2vec import evaluate
+
+    _print_results(evaluate.detect, settings, model, train, val, out)
 
 
 @app.command("export")

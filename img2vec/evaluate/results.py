@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,22 +18,25 @@ class Results:
     """Results of one evaluation.
 
     Attributes:
-        task: "knn", "probe" or "finetune".
+        task: "knn", "probe", "finetune" or "detect".
         model: as it was given.
-        metrics: accuracies in [0, 1] (top1, top5; of k-NN top1_k20 and so on), and the task's other metrics.
+        metrics: accuracies and average precisions in [0, 1] (top1, top1_k20, box_ap50), and the task's other
+            metrics; None for what the data do not determine.
         settings: the settings as they were used.
         data: train and val: name, fingerprint, images used and skipped; number of classes.
         notes: what a reader must know, one line each.
         history: one entry per epoch, for tasks that have epochs.
+        by_class: one entry per class, for tasks that evaluate each.
     """
 
     task: str
     model: str
-    metrics: dict[str, float]
+    metrics: Mapping[str, float | None]
     settings: dict[str, Any]
     data: dict[str, Any]
     notes: list[str] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
+    by_class: list[dict[str, Any]] = field(default_factory=list)
 
     def table(self) -> str:
         """A few lines for the terminal: accuracies in percent, the data, the notes."""
@@ -40,8 +44,7 @@ class Results:
         train, val = self.data["train"], self.data["val"]
         lines = [f"{self.task} of {self.model}"]
         for name, value in self.metrics.items():
-            shown = f"{100 * value:6.2f} %" if name.startswith("top") else f"{value:8.4g}"
-            lines.append(f"  {name:<{width}}  {shown}")
+            lines.append(f"  {name:<{width}}  {_shown(name, value)}")
         skipped = train["skipped"] + val["skipped"]
         lines.append(
             f"  {val['images']:,} images, {self.data['classes']:,} classes; training images: "
@@ -88,6 +91,13 @@ def describe_data(train: Any, val: Any, train_skipped: int, val_skipped: int) ->
         "val": side(val, val_skipped),
         "classes": train.num_classes,
     }
+
+
+def _shown(name: str, value: float | None) -> str:
+    if value is None:
+        return "       \N{EN DASH}"
+    is_share = name.startswith(("top", "box_ap", "mask_ap"))
+    return f"{100 * value:6.2f} %" if is_share else f"{value:8.4g}"
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
