@@ -12,6 +12,7 @@ from tokdiv.lazy import lazy_names
 
 if TYPE_CHECKING:
     from img2vec.config import PRESETS, Config
+    from img2vec.evaluate.detect import detect
     from img2vec.evaluate.finetune import finetune
     from img2vec.evaluate.knn import knn
     from img2vec.evaluate.probe import probe
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "PRESETS": "config",
     "Config": "config",
+    "detect": "evaluate.detect",
     "export": "export",
     "finetune": "evaluate.finetune",
     "knn": "evaluate.knn",
@@ -30,6 +32,16 @@ _HOMES = {
     "segment": "evaluate.segment",
 }
 
-__all__ = ["PRESETS", "Config", "export", "finetune", "knn", "pretrain", "probe", "segment"]
+__all__ = [
+    "PRESETS",
+    "Config",
+    "detect",
+    "export",
+    "finetune",
+    "knn",
+    "pretrain",
+    "probe",
+    "segment",
+]
 
 __getattr__, __dir__ = lazy_names(__name__, _HOMES)

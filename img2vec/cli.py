@@ -8,7 +8,7 @@ import typer
 
 from img2vec.config import PRESETS, Config
 from img2vec.evaluate.segment_settings import SegmentSettings
-from img2vec.evaluate.settings import FinetuneSettings, KnnSettings, ProbeSettings
+from img2vec.evaluate.settings import DetectSettings, FinetuneSettings, KnnSettings, ProbeSettings
 from tokdiv.cli import (
     Data,
     TeacherModule,
@@ -40,6 +40,7 @@ SEG_HELP = (
     "torch/Cityscapes:root=FOLDER or hfds/NAME. Options follow: :split=NAME, :ignore=255, "
     ":reduce_zero_label=true, :classes=FILE."
 )
+COCO_HELP = "{} images with objects: IMAGES_FOLDER:annotations=FILE.json."
 Results = Annotated[
     Path | None,
     typer.Option("--out", "-o", metavar="DIR", help="Folder for results.json and results.csv."),
@@ -141,6 +142,21 @@ def segment(
     from img2vec import evaluate
 
     _print_results(evaluate.segment, settings, model, train, val, out)
+
+
+@app.command()
+@with_settings(DetectSettings)
+def detect(
+    model: Model,
+    train: Annotated[str, typer.Option(metavar="COCO", help=COCO_HELP.format("Training"))],
+    val: Annotated[str, typer.Option(metavar="COCO", help=COCO_HELP.format("Validation"))],
+    settings: dict[str, Any],
+    out: Results = None,
+) -> None:
+    """Average precision of boxes and masks after training a Mask R-CNN, as in ViTDet."""
+    from img2vec import evaluate
+
+    _print_results(evaluate.detect, settings, model, train, val, out)
 
 
 @app.command("export")

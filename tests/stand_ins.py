@@ -140,6 +140,18 @@ def make_images(root: Path) -> None:
                 tar.add(member, arcname=member.name)
 
 
+def make_coco_folder(root: Path) -> None:
+    """path/to/coco as COCO is unpacked: a folder of images and a JSON per split."""
+    from coco_shapes import make_coco  # of tests/img2vec, which is not on the path of the script
+
+    for seed, split in enumerate(("train2017", "val2017")):
+        made, to = root / "made" / split, root / "path" / "to" / "coco"
+        make_coco(made, 4, seed=seed)
+        (to / "annotations").mkdir(parents=True, exist_ok=True)
+        (made / "images").rename(to / split)
+        (made / "objects.json").rename(to / "annotations" / f"instances_{split}.json")
+
+
 if __name__ == "__main__":
     apply()
     PRESETS.update(short_presets())

@@ -25,7 +25,7 @@ from typing import Any
 
 import pytest
 import typer
-from stand_ins import apply, make_images, save_weights, short_presets
+from stand_ins import apply, make_coco_folder, make_images, save_weights, short_presets
 
 import tokdiv.cli
 from img2vec.config import PRESETS
@@ -39,6 +39,22 @@ DOWNLOADED = re.compile(r"(hfds|torch|tfds|hfids)/|wds/\w+://")
 SHORT = {"finetune": ("--epochs", "1", "--warmup-epochs", "0")}
 SHORT["probe"] = SHORT["finetune"]
 SHORT["segment"] = ("--max-steps", "2", "--batch-size", "2")
+SHORT["detect"] = tuple(
+    [
+        "--max-steps",
+        "1",
+        "--batch-size",
+        "2",
+        "--image-size",
+        "64",
+        "--channels",
+        "8",
+        "--proposals",
+        "16",
+        "--workers",
+        "0",
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -113,6 +129,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Images under the names that the documentation uses."""
     root = tmp_path_factory.mktemp("images")
     make_images(root)
+    make_coco_folder(root)
     return root
 
 

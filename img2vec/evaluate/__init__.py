@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 from tokdiv.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from img2vec.evaluate.detect import detect
+    from img2vec.evaluate.detector import load_detector
     from img2vec.evaluate.encoder import load_encoder
     from img2vec.evaluate.features import Features, extract_features
     from img2vec.evaluate.finetune import finetune
@@ -26,9 +28,11 @@ _HOMES = {
     "Features": "features",
     "LabeledData": "labeled",
     "Results": "results",
+    "detect": "detect",
     "extract_features": "features",
     "finetune": "finetune",
     "knn": "knn",
+    "load_detector": "detector",
     "load_encoder": "encoder",
     "open_labeled": "labeled",
     "probe": "probe",
@@ -40,9 +44,11 @@ __all__ = [
     "Features",
     "LabeledData",
     "Results",
+    "detect",
     "extract_features",
     "finetune",
     "knn",
+    "load_detector",
     "load_encoder",
     "open_labeled",
     "probe",

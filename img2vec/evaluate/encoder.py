@@ -3,6 +3,7 @@
 import os
 import tempfile
 from pathlib import Path
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -21,7 +22,7 @@ def load_encoder(
     model: str | Path | Teacher,
     *,
     feature: str = "mean",
-    image_size: int | None = None,
+    image_size: int | Literal["native"] | None = None,
     device: str = "auto",
     dtype: str = "auto",
 ) -> Teacher:
@@ -31,7 +32,7 @@ def load_encoder(
         model: OUT of a pretraining, an exported folder, a checkpoint, a SPEC, or a Teacher.
         feature: "mean" of the spatial tokens (a ViT's patch tokens after the final norm), or a ViT's "cls"
             token after the final norm.
-        image_size: side of the view in pixels; None: a student's own, 224 for a SPEC.
+        image_size: side of the view in pixels; None: a student's own, 224 for a SPEC; "native": the model's own.
         device: as `tokdiv.dist.choose_device` takes it.
         dtype: "float32", "bfloat16" (autocast), or "auto": bfloat16 where the device has it natively.
 
@@ -46,7 +47,7 @@ def load_encoder(
     chosen = choose_device(device)
     dtype = choose_dtype(dtype, chosen)
     if isinstance(model, Teacher):
-        if image_size not in (None, model.size):
+        if image_size not in (None, "native", model.size):
             raise UsageError(
                 f"{model.name} takes images of {model.size} px, not {image_size}: make the Teacher "
                 f"with size={image_size}"
@@ -59,7 +60,7 @@ def load_encoder(
     return teacher.prepare(chosen, dtype)
 
 
-def _load(model: str | Path, image_size: int | None) -> Teacher:
+def _load(model: str | Path, image_size: int | Literal["native"] | None) -> Teacher:
     path = Path(model).expanduser()
     if not path.exists() or path.suffix == ".toml":
         text = str(model)
@@ -80,8 +81,9 @@ def _load(model: str | Path, image_size: int | None) -> Teacher:
         return _load_folder(folder, str(model), image_size)
 
 
-def _load_folder(folder: Path, name: str, image_size: int | None) -> Teacher:
+def _load_folder(folder: Path, name: str, image_size: int | Literal["native"] | None) -> Teacher:
     student = read_student(folder)
+    native = student["input_size"]
     arguments = {k: v for k, v in student["model_args"].items() if k != "img_size"}
     spec = TeacherSpec(
         name=name,
@@ -89,8 +91,8 @@ def _load_folder(folder: Path, name: str, image_size: int | None) -> Teacher:
         weights=str((folder / WEIGHTS).resolve()),
         mean=student["mean"],
         std=student["std"],
-        input_size=student["input_size"],
-        size=image_size or student["input_size"],
+        input_size=native,
+        size=image_size if isinstance(image_size, int) else native,
         arguments=arguments,
     )
     return load_teacher(spec)

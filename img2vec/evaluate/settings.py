@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from tokdiv.errors import UsageError
 from tokdiv.settings import check_settings, setting
 
 
@@ -117,7 +118,99 @@ class Recipe(FinetuneSettings):
     workers: int = 1
 
 
-def peak_lr(settings: ProbeSettings | FinetuneSettings, batch_size: int) -> float:
+@dataclass(frozen=True)
+class DetectSettings(ModelSettings):
+    """Settings of `detect`; the defaults are ViTDet's for ViT-B on COCO (arXiv 2203.16527, app. A.2).
+
+    For ViT-L: layer_decay 0.8, drop_path 0.4. For ViT-H: layer_decay 0.9, drop_path 0.5, 75 epochs.
+    """
+
+    image_size: int = setting(
+        1024, "Side of the square that images are fitted into; a multiple of 32.", at_least=64
+    )
+    epochs: int = setting(100, "Length of the schedule.", at_least=1)
+    max_steps: int | None = setting(
+        None,
+        "Length of the schedule in optimizer steps, in place of --epochs; for small data.",
+        at_least=1,
+        shown_default="--epochs decides",
+    )
+    batch_size: int = setting(
+        64, "Images per step, over all processes; at most the training images.", at_least=1
+    )
+    micro_batch_size: int = setting(
+        1,
+        "Images per forward pass, per process; gradients accumulate to --batch-size.",
+        at_least=1,
+    )
+    blr: float = setting(4e-4, "Learning rate per 256 images of the batch.", at_least=0)
+    lr: float | None = setting(None, "Peak learning rate, in place of --blr.", at_least=0)
+    warmup_steps: int = setting(250, "Steps of linear warm-up.", at_least=0)
+    weight_decay: float = setting(0.1, "Weight decay of matrices.", at_least=0)
+    layer_decay: float = setting(
+        0.7, "The learning rate of a block is that of the next one times this.", above=0
+    )
+    drop_path: float = setting(0.1, "Stochastic depth of the last block.", at_least=0, below=1)
+    clip_grad: float | None = setting(
+        None, "Largest norm of the gradient.", above=0, shown_default="not clipped"
+    )
+    ema: float = setting(
+        0.0,
+        "Decay of a moving average of the weights, which is evaluated; 0: none.",
+        at_least=0,
+        below=1,
+    )
+    scale_min: float = setting(0.1, "Smallest scale of the large-scale jitter.", above=0)
+    scale_max: float = setting(2.0, "Largest scale of the large-scale jitter.", above=0)
+    flip: float = setting(0.5, "Probability of a horizontal flip.", at_least=0, at_most=1)
+    window: str = setting(
+        "auto",
+        "Windowed attention: off, the side of a window in tokens, or auto (windows where the grid "
+        "exceeds 32 x 32 tokens).",
+    )
+    global_blocks: int = setting(
+        4, "Blocks with global attention among windowed ones, evenly spaced.", at_least=1
+    )
+    channels: int = setting(256, "Channels of the feature pyramid and of the heads.", at_least=8)
+    proposals: int = setting(
+        512, "Proposals per image that the box and mask heads learn from.", at_least=1
+    )
+    checkpoint_blocks: bool = setting(
+        False, "Less memory: the backbone is computed again in the backward pass."
+    )
+    eval_every: int = setting(
+        0, "Epochs between evaluations on --val; 0 evaluates at the end only.", at_least=0
+    )
+    save_every: int | None = setting(
+        None, "Steps between checkpoints.", at_least=1, shown_default="one an epoch"
+    )
+    workers: int | None = setting(
+        None,
+        "Worker processes that read images, per process.",
+        at_least=0,
+        shown_default="one per core",
+    )
+    seed: int = setting(
+        0, "Seed of order, augmentation, drop path and the new layers.", at_least=0, below=2**63
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scale_min > self.scale_max:
+            raise UsageError(f"--scale-min {self.scale_min}: above --scale-max {self.scale_max}")
+
+
+@dataclass(frozen=True)
+class DetectRecipe(DetectSettings):
+    """Settings of a detector's training with nothing left open."""
+
+    lr: float = 0.0
+    max_steps: int = 1
+    save_every: int = 1
+    workers: int = 1
+
+
+def peak_lr(settings: ProbeSettings | FinetuneSettings | DetectSettings, batch_size: int) -> float:
     """The learning rate after the warm-up: `lr`, or blr * batch_size / 256."""
     return settings.blr * batch_size / 256 if settings.lr is None else settings.lr
 
