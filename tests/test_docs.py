@@ -39,21 +39,9 @@ DOWNLOADED = re.compile(r"(hfds|torch|tfds|hfids)/|wds/\w+://")
 SHORT = {"finetune": ("--epochs", "1", "--warmup-epochs", "0")}
 SHORT["probe"] = SHORT["finetune"]
 SHORT["segment"] = ("--max-steps", "2", "--batch-size", "2")
-SHORT["detect"] = tuple(
-    [
-        "--max-steps",
-        "1",
-        "--batch-size",
-        "2",
-        "--image-size",
-        "64",
-        "--channels",
-        "8",
-        "--proposals",
-        "16",
-        "--workers",
-        "0",
-    ]
+SHORT["detect"] = (
+    *("--max-steps", "1", "--batch-size", "2", "--image-size", "64", "--channels", "8"),
+    *("--proposals", "16", "--workers", "0"),
 )
 
 

@@ -184,6 +184,8 @@ def accumulate_gradient(
     device, size = group.device, recipe.micro_batch_size
     usable = [sample for sample in samples if sample.image is not None]
     parts = [usable[start : start + size] for start in range(0, len(usable), size)]
+    # Processes average their gradients; the mean over all usable images is wanted.
+    num_usable = float(group.sum(torch.tensor(float(len(usable)))))
     total = torch.zeros(len(LOSSES), device=device)
     # Every process must exchange gradients: without usable images, a black one of weight 0.
     for number, part in enumerate(parts or [[_black_sample()]]):
@@ -198,7 +200,7 @@ def accumulate_gradient(
             with torch.autocast(device.type, torch.bfloat16, enabled=recipe.dtype == "bfloat16"):
                 found = model(images, targets)
             losses = torch.stack([found[name] for name in LOSSES]) * (
-                len(part) / len(usable) if usable else 0.0
+                len(part) * group.world / num_usable if usable else 0.0
             )
             losses.sum().backward()
         total += losses.detach()

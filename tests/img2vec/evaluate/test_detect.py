@@ -455,8 +455,8 @@ MISTAKES = {
         ["--window", "3"],
         "--window 3: expected auto, off, or a side that divides the grid of 4",
     ),
-    "epochs": (["--epochs", "0"], "--epochs 0: expected a whole number, 1 or more"),
-    "ema": (["--ema", "1"], "--ema 1.0: expected a number, 0 or more, below 1"),
+    "epochs": (["--epochs", "0"], "--epochs 0: expected a whole number of 1 or more"),
+    "ema": (["--ema", "1"], "--ema 1.0: expected a number of 0 or more and below 1"),
 }
 
 
