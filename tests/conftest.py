@@ -18,6 +18,11 @@ for _name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HUB_OFFLINE", "HF_END
 os.environ["HF_HOME"] = _HUB
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
+# The stand-in teachers of most tests read a number from an image, which a crop does not hold any more. Tests of
+# noise-like teachers say how many images they want.
+import_module("tokdiv.rank").rank.__kwdefaults__["correspondence_images"] = 0
+import_module("tokdiv.config").Settings.__dataclass_fields__["correspondence_images"].default = 0
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_machine() -> Iterator[None]:
@@ -52,20 +57,6 @@ def _undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     """A run's pictures and page take longer than these small runs; elsewhere they are left out."""
     if request.path.stem not in DRAWN:
         monkeypatch.setattr(import_module("img2vec.train"), "_report", lambda *given: None)
-
-
-# Modules that look at noise-like teachers.
-CROPPED = ("test_noise", "test_rank", "test_real_data")
-
-
-@pytest.fixture(autouse=True)
-def _uncropped(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The stand-in teachers of most tests read a number from an image, which a crop does not hold any more."""
-    if request.path.stem not in CROPPED:
-        rank = import_module("tokdiv.rank").rank
-        monkeypatch.setitem(rank.__kwdefaults__, "correspondence_images", 0)
-        settings = import_module("tokdiv.config").Settings
-        monkeypatch.setattr(settings.__dataclass_fields__["correspondence_images"], "default", 0)
 
 
 @pytest.fixture

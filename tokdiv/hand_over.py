@@ -91,6 +91,10 @@ def _from_dict(content: dict[str, Any], rates: dict[str, float]) -> Ranking:
     certificate, names = ranking.certificate, ranking.names
     for record in (certificate, *certificate.pairs, *ranking.teachers):
         check_types(record)
+    for t in ranking.teachers:
+        num_missing = (t.correspondence, t.pixels_correspondence).count(None)
+        if num_missing == 1 or (num_missing and t.noise_like is not None):
+            raise ValueError(f"the correspondence of '{t.name}' is incomplete")
     _check_data(ranking.data)
     if ranking.best_name not in names:
         raise ValueError(f"its best, {ranking.best_name!r}, is none of its teachers")

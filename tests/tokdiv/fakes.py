@@ -138,7 +138,7 @@ def command(*arguments: object, processes: int = 1) -> list[str]:
     """`python -m tokdiv ...`, through torchrun where there are to be several processes."""
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
     start = launcher if processes > 1 else []
-    if arguments[0] == "rank":  # a crop of a coded image does not hold its number any more
+    if arguments[:1] == ("rank",):  # a crop of a coded image does not hold its number any more
         arguments = (*arguments, "--correspondence-images", 0)
     return [sys.executable, *start, "-m", "tokdiv", *map(str, arguments)]
 

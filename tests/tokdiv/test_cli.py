@@ -85,7 +85,7 @@ class TestRank:
         self, run: tuple[Path, subprocess.CompletedProcess[str]]
     ) -> None:
         lines = run[1].stdout.strip().splitlines()
-        heads = "RANK TEACHER DIVERSITY SIMILARITY INTERVAL CENTRED 7x7 IMAGES IMAGES/S"
+        heads = "RANK TEACHER DIVERSITY SIMILARITY INTERVAL CENTRED 7x7 CORRESP. IMAGES IMAGES/S"
         assert " ".join(lines[0].split()) == heads
         assert lines[1].lstrip().startswith("1 ")
         assert lines[-1].startswith("Best teacher: own (diversity 0.")

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+import tokdiv
 from tokdiv import Teacher
 from tokdiv.config import Settings
 from tokdiv.correspondence import correspondence, crop_views, draw_crops
@@ -197,3 +198,24 @@ def test_outliers_and_local_similarity_by_loop():
                     near += [cosine] if d <= 0.25 else []
                     distant += [cosine] if d >= 0.5 else []
         assert float(value) == pytest.approx(np.mean(near) - np.mean(distant), abs=1e-5)
+
+
+def test_a_noise_like_teacher_is_ranked_and_shown_but_does_not_win(photos, tmp_path):
+    (tmp_path / "many").mkdir()
+    for number in range(400):
+        name = f"{number % 40:02d}.png"
+        if name != "05.png":
+            (tmp_path / "many" / f"{number:03d}.png").symlink_to(photos / name)
+    options = {"correspondence_images": 195, "confidence": 0.6, "certify": "none", "max_images": 32}
+    ranking = tokdiv.rank(tmp_path / "many", teachers(), tmp_path / "run", **options)
+    assert [t.name for t in ranking.teachers] == ["noise", "blurs"]  # noise is the more diverse one
+    assert ranking.best_name == "blurs" and ranking["noise"].noise_like
+    assert any("noise is noise-like and cannot win" in remark for remark in ranking.remarks())
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Are the tokens about the image?" in page and "noise (noise-like)" in page
+    assert (tmp_path / "run" / "correspondence.png").is_file()
+    again = tokdiv.load_ranking(tmp_path / "run")
+    assert again.best_name == "blurs" and again["noise"] == ranking["noise"]
+    alone = tokdiv.rank(tmp_path / "many", teachers()[1:], **options)
+    assert alone.best_name == "noise"
+    assert any("No trained teacher is fit to win" in remark for remark in alone.remarks())

@@ -153,7 +153,7 @@ def _decode_bytes(data: bytes) -> torch.Tensor:
     """
     if not data:
         raise UnusableImage("empty file")
-    if data.startswith(b"\xff\xd8\xff"):
+    if data.startswith(b"\xff\xd8"):  # padding may follow, which libjpeg passes over
         return _decode_jpeg(data)
     deep = False
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
