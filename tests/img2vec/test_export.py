@@ -13,10 +13,11 @@ import timm
 import torch
 from small import SMALL, make_model
 
-from img2vec.checkpoint import KIND, Progress, write_checkpoint
+from img2vec.checkpoint import write_checkpoint
 from img2vec.config import make_config
 from img2vec.evaluate import load_encoder
 from img2vec.export import WEIGHTS, export, export_student, read_student
+from img2vec.resume import KIND, Progress
 from tokdiv import run_dir
 from tokdiv.errors import RunError, UsageError
 
