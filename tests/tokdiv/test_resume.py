@@ -100,7 +100,7 @@ def test_killed_at_twenty_random_moments(
         f"    child = os.fork()\n"  # a fork costs no import of torch
         f"    if child == 0:\n"
         f"        after = None if gap == 'never' else int(gap)\n"
-        f"        settings = dict(certify='none', batch_size=10, **t.TINY)\n"
+        f"        settings = dict(certify='none', batch_size=10, correspondence_images=0, **t.TINY)\n"
         f"        some = t.teachers(kill_after=after)\n"
         f"        tokdiv.rank({str(coded)!r}, some, {str(out)!r}, **settings)\n"
         f"        os._exit(0)\n"
