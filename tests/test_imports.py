@@ -41,8 +41,8 @@ ROOMS = {
         "attention config figures loss masking optim",
         "data model targets teacher",
         "checkpoint step",
-        "export resume",
-        "log token_maps",
+        "resume",
+        "export log token_maps",
         "evaluate report",
         "train",
         "cli",
@@ -93,6 +93,8 @@ def _home(name: str) -> str:
     parent, _, last = name.rpartition(".")
     if name in MODULES or parent not in MODULES:
         return name
+    if MODULES[parent].name != "__init__.py":
+        return parent
     homes = getattr(importlib.import_module(parent), "_HOMES", {})
     return f"{parent}.{homes[last]}" if last in homes else parent
 

@@ -36,7 +36,14 @@ from tokdiv.scores import read_scores
 from tokdiv.teachers.spec import TeacherSpec
 from tokdiv.text import printable
 
-TINY: dict[str, Any] = {"workers": 2, "dtype": "float32", "device": "cpu", "image_size": SIZE}
+# Crops of a coded image do not hold its number.
+TINY: dict[str, Any] = {
+    "workers": 2,
+    "dtype": "float32",
+    "device": "cpu",
+    "image_size": SIZE,
+    "correspondence_images": 0,
+}
 COUNT = 200
 COLUMNS = dict(zip(["x", "y", "z"], similarities(COUNT, 0.30, 0.303, 0.6)))
 VOID = {"meta", "img", "br", "wbr", "source", "link", "input", "hr"}
@@ -122,8 +129,8 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     def described(figure: Any, alt: str, *given: Any, **more: Any) -> Markup:
         return Markup('<img src="data:image/png;" alt="{}">').format(alt)
 
-    for module in (tokdiv.report.build, tokdiv.report.evidence, tokdiv.report.maps):
-        monkeypatch.setattr(module, "inline_figure", described)
+    for name in ("build", "correspondence", "evidence", "maps"):
+        monkeypatch.setattr(f"tokdiv.report.{name}.inline_figure", described)
     monkeypatch.setattr(tokdiv.report.build, "save_figure", lambda figure, path: path)
 
 
@@ -359,6 +366,17 @@ class TestOddRuns:
         page = self.ranked(tmp_path, data, [coded_teacher(n, COLUMNS[n]) for n in "xz"])
         assert "the only one: S = " in page.text
         assert "measured on every image, so exact" in page.text
+
+    def test_correspondence_has_a_table_and_a_figure(self, tmp_path: Path, data: Path) -> None:
+        page = self.ranked(tmp_path, data, ["pixels", "hog"], correspondence_images=4)
+        assert "Are the tokens about the image?" in page.text
+        head, *rows = next(table for table in page.tables if "Raw pixels" in table[0])
+        teachers = json.loads((tmp_path / "RUN" / "ranking.json").read_text())["teachers"]
+        for row, teacher in zip(rows, teachers, strict=True):
+            cells = dict(zip(head, row))
+            assert cells["Correspondence"] == f"{teacher['correspondence']:.3f}"
+            assert cells["Raw pixels"] == f"{teacher['pixels_correspondence']:.3f}"
+        assert any("Correspondence against" in str(image["alt"]) for image in page.images)
 
     def test_ties_are_no_order(self, tmp_path: Path) -> None:
         data = coded_tar(tmp_path / "a.tar", 100)
