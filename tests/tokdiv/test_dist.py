@@ -148,7 +148,7 @@ def test_the_dtype_is_chosen_once_and_recorded(coded: Path) -> None:
     assert choose_dtype("bfloat16", cpu) == "bfloat16"
     assert choose_dtype("auto", cpu) in ("float32", "bfloat16")
     ranking = tokdiv.rank(coded, [coded_teacher("own", COLUMN)], max_images=64, device="cpu")
-    assert ranking.settings["dtype"] == choose_dtype("auto", cpu)
+    assert ranking.settings.dtype == choose_dtype("auto", cpu)
 
 
 def test_a_lost_peer_in_a_backward_pass_is_told_from_other_errors() -> None:
