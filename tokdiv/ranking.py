@@ -245,7 +245,7 @@ class Ranking:
         if best.correspondence is not None and best.noise_like is None:
             remarks.append(
                 f"It is not certain that {best.name} is not noise-like (correspondence {best.correspondence:.3f}, "
-                f"raw pixels {best.pixels_correspondence:.3f}): use more --correspondence-images."
+                f"raw pixels {best.pixels_correspondence:.3f}): it takes more images."
             )
         return remarks
 
