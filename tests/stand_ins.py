@@ -145,7 +145,7 @@ def make_coco_folder(root: Path) -> None:
     from coco_shapes import make_coco  # of tests/img2vec, which is not on the path of the script
 
     for seed, split in enumerate(("train2017", "val2017")):
-        made, to = root / "made" / split, root / "path" / "to" / "coco"
+        made, to = root / "made-coco" / split, root / "path" / "to" / "coco"
         make_coco(made, 4, seed=seed)
         (to / "annotations").mkdir(parents=True, exist_ok=True)
         (made / "images").rename(to / split)
